@@ -1,0 +1,1 @@
+"""Offline data: episodes, windows over them, the one border of units, and the file formats."""

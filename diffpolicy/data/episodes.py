@@ -1,0 +1,202 @@
+"""Episodes: the one type that files, rollouts and training speak. Flat arrays, in memory or memory-mapped.
+
+E episodes with N steps in all; an episode of L steps has L + 1 observations, the last one seen after its last action:
+
+    episode        0                   1
+    obs      o0 o1 o2 o3 o4 | o5 o6 o7 o8        N + E rows
+    action   a0 a1 a2 a3    | a4 a5 a6           N rows
+    reward   r0 r1 r2 r3    | r4 r5 r6           N rows
+    length         4        |      3             E rows;  terminated, truncated, has_final likewise
+
+`terminated` (the task ended: no future value) and `truncated` (the recording ended) never merge. Formats that do not
+store the observation after the last action get a copy of the one before, and `has_final` False: good for imitation,
+left out of bootstrapping.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from diffpolicy.errors import DatasetError
+
+CHECK_ROWS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode, views into the flat arrays: observations `(L+1, ...)`, action `(L, Da)`, reward `(L,)`."""
+
+    obs: Mapping[str, np.ndarray]
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: bool
+    truncated: bool
+    info: Mapping[str, np.ndarray] = field(default_factory=dict)
+    has_final: bool = True
+
+    def __len__(self) -> int:
+        """Return the number of actions."""
+        return len(self.action)
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """E episodes as flat arrays; see the picture above.
+
+    Args:
+        obs: named observations, `{name: (N+E, ...)}`.
+        action: `(N, Da)`, physical units.
+        reward: `(N,)`.
+        length: actions of each episode, `(E,)`, each at least 1.
+        terminated: the task truly ended, `(E,)` bool.
+        truncated: time ran out or the recording stopped, `(E,)` bool.
+        info: further per-step arrays, `{name: (N, ...)}`.
+        has_final: whether the observation after the last action was recorded, `(E,)` bool; all True if None.
+        meta: provenance, plain JSON values (who acted, versions, seeds, environment).
+
+    Raises:
+        DatasetError: if there is no episode, lengths disagree, or a number is not finite.
+    """
+
+    obs: Mapping[str, np.ndarray]
+    action: np.ndarray
+    reward: np.ndarray
+    length: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    info: Mapping[str, np.ndarray] = field(default_factory=dict)
+    has_final: np.ndarray | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.has_final is None:
+            object.__setattr__(self, "has_final", np.ones(len(self.length), dtype=bool))
+        self._check_lengths()
+        for name, array in {**{f"obs {name!r}": a for name, a in self.obs.items()}, **self._scalars()}.items():
+            _check_finite(name, array)
+
+    def _scalars(self) -> dict[str, np.ndarray]:
+        return {"action": self.action, "reward": self.reward}
+
+    def _check_lengths(self) -> None:
+        if len(self.length) == 0:
+            raise DatasetError("the dataset has zero episodes; give at least one episode of one step")
+        if np.min(self.length) < 1:
+            raise DatasetError(f"episode {int(np.argmin(self.length))} has {np.min(self.length)} steps; wanted >= 1")
+        if self.action.ndim != 2 or not np.issubdtype(self.action.dtype, np.floating):
+            raise DatasetError(
+                f"actions have shape {self.action.shape} and type {self.action.dtype}; "
+                "wanted continuous actions, floats of shape (N, Da): discrete action spaces are not supported"
+            )
+        if not self.obs:
+            raise DatasetError("the dataset has no observations; give at least one named array")
+        n, e = int(np.sum(self.length)), len(self.length)
+        wanted = {f"obs {name!r}": (a, n + e) for name, a in self.obs.items()}
+        wanted |= {name: (a, n) for name, a in self._scalars().items()}
+        wanted |= {f"info {name!r}": (a, n) for name, a in self.info.items()}
+        wanted |= {name: (getattr(self, name), e) for name in ("terminated", "truncated", "has_final")}
+        for name, (array, rows) in wanted.items():
+            if len(array) != rows:
+                raise DatasetError(
+                    f"{name} has {len(array)} rows, but the lengths of {e} episodes sum to {n} steps: wanted {rows}"
+                )
+
+    def __len__(self) -> int:
+        """Return the number of episodes."""
+        return len(self.length)
+
+    @property
+    def steps(self) -> int:
+        """Number of actions in all, `N`."""
+        return len(self.action)
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """First step of each episode in `action`, `(E,)`; add its number for the first row of `obs`."""
+        return np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)[:-1]])
+
+    def __getitem__(self, i: int) -> Episode:
+        """Return episode `i`, views only."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"episode {i} of {len(self)}")
+        i %= len(self)
+        a, n = int(self.start[i]), int(self.length[i])
+        assert self.has_final is not None
+        return Episode(
+            obs={name: array[a + i : a + i + n + 1] for name, array in self.obs.items()},
+            action=self.action[a : a + n],
+            reward=self.reward[a : a + n],
+            terminated=bool(self.terminated[i]),
+            truncated=bool(self.truncated[i]),
+            info={name: array[a : a + n] for name, array in self.info.items()},
+            has_final=bool(self.has_final[i]),
+        )
+
+    def select(self, index: Sequence[int] | np.ndarray) -> "Episodes":
+        """Copy some episodes, in the order given."""
+        return from_list([self[int(i)] for i in index], meta=self.meta)
+
+    def rename(self, names: Mapping[str, str]) -> "Episodes":
+        """Keep and rename observations: `{new name: old name}`, without copying.
+
+        Raises:
+            DatasetError: if an old name is not there.
+        """
+        for old in names.values():
+            if old not in self.obs:
+                raise DatasetError(f"there is no observation {old!r} in the dataset; it has {sorted(self.obs)}")
+        obs = {new: self.obs[old] for new, old in names.items()}
+        return Episodes(
+            obs, self.action, self.reward, self.length, self.terminated, self.truncated, self.info, self.has_final,
+            self.meta,
+        )  # fmt: skip
+
+    @cached_property
+    def returns(self) -> np.ndarray:
+        """Undiscounted return of each episode, `(E,)`."""
+        return np.add.reduceat(np.asarray(self.reward, dtype=np.float64), self.start)
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    if not np.issubdtype(array.dtype, np.floating):
+        return
+    for row in range(0, len(array), CHECK_ROWS):
+        finite = np.isfinite(array[row : row + CHECK_ROWS])
+        if not finite.all():
+            bad = row + int(np.argwhere(~finite)[0][0])
+            raise DatasetError(
+                f"{name} holds {array[bad].ravel()[~np.isfinite(array[bad]).ravel()][0]} in row {bad}; wanted finite "
+                "numbers: remove that episode or repair the value"
+            )
+
+
+def from_list(episodes: Sequence[Episode], meta: Mapping[str, Any] | None = None) -> Episodes:
+    """Join single episodes into flat arrays.
+
+    Raises:
+        DatasetError: if there are none.
+    """
+    if not episodes:
+        raise DatasetError("the dataset has zero episodes; give at least one episode of one step")
+    first = episodes[0]
+    return Episodes(
+        obs={name: np.concatenate([e.obs[name] for e in episodes]) for name in first.obs},
+        action=np.concatenate([e.action for e in episodes]),
+        reward=np.concatenate([e.reward for e in episodes]),
+        length=np.array([len(e) for e in episodes], dtype=np.int64),
+        terminated=np.array([e.terminated for e in episodes], dtype=bool),
+        truncated=np.array([e.truncated for e in episodes], dtype=bool),
+        info={name: np.concatenate([e.info[name] for e in episodes]) for name in first.info},
+        has_final=np.array([e.has_final for e in episodes], dtype=bool),
+        meta=meta or {},
+    )
+
+
+def split(episodes: Episodes, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split by episode: indices of training and validation, the latter `round(fraction * E)` but never all."""
+    order = np.random.default_rng(seed).permutation(len(episodes))
+    held_out = min(round(fraction * len(episodes)), len(episodes) - 1)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

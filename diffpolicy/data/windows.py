@@ -1,0 +1,115 @@
+"""Windows: training batches by index arithmetic, a whole batch at once, on the CPU or resident on the GPU.
+
+For a step of an episode of L steps, with To = 2, Tp = 6, at step 0 and at step L-2:
+
+    obs       o0 o0                      o(L-3) o(L-2)             edges repeat
+    action    a0 a0 a1 a2 a3 a4          a(L-3) a(L-2) a(L-1) a(L-1) a(L-1) a(L-1)
+    valid      0  1  1  1  1  1             1      1      1      0      0      0
+    index To-1 of the chunk is the action of the step itself; no window ever crosses an episode
+
+and for critics, over `n` executed steps: `reward = sum_j gamma^j r(step+j)`, `next_obs` the history ending `n` steps
+later, `discount = gamma^n`, or 0 where the task truly ended. Where the recording ends first, `n` shrinks to it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from diffpolicy.data.episodes import Episodes
+from diffpolicy.data.spec import Spec
+
+Obs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B windows: `obs {name: (B, To, ...)}`, `action (B, Tp, Da)`, `valid (B, Tp)`, `reward`, `discount (B,)`."""
+
+    obs: Obs
+    action: torch.Tensor
+    valid: torch.Tensor
+    reward: torch.Tensor
+    next_obs: Obs
+    discount: torch.Tensor
+
+
+def _tensor(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
+    # Shares memory on the CPU, so a memory-mapped store (opened copy-on-write) stays on disk.
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+
+
+class Windows:
+    """Every step of every episode as a window.
+
+    Args:
+        episodes: the data, in physical units or encoded.
+        spec: horizons.
+        gamma: discount a step.
+        device: where the arrays live; `gather` answers there.
+        require_next: leave out windows whose next observation was never recorded (for bootstrapping).
+        n_step: steps of the return, `n_action_steps` if None.
+    """
+
+    def __init__(
+        self,
+        episodes: Episodes,
+        spec: Spec,
+        gamma: float = 0.99,
+        device: str | torch.device = "cpu",
+        require_next: bool = False,
+        n_step: int | None = None,
+    ) -> None:
+        self.spec = spec
+        self.n_step = spec.n_action_steps if n_step is None else n_step
+        self.obs: Mapping[str, torch.Tensor] = {name: _tensor(array, device) for name, array in episodes.obs.items()}
+        self.action = _tensor(episodes.action, device)
+        self.reward = _tensor(episodes.reward, device)
+        self.length = torch.from_numpy(np.asarray(episodes.length, dtype=np.int64)).to(device)
+        self.start = torch.from_numpy(np.asarray(episodes.start)).to(device)
+        self.terminated = torch.from_numpy(np.asarray(episodes.terminated, dtype=bool)).to(device)
+        has_final = torch.from_numpy(np.asarray(episodes.has_final, dtype=bool)).to(device)
+        # An episode whose last observation is unknown bootstraps only up to the one before.
+        self.horizon_end = torch.where(has_final | self.terminated, self.length, self.length - 1)
+        self.powers = gamma ** torch.arange(self.n_step + 1, device=device, dtype=torch.float32)
+        self.rows = self._rows(require_next)
+
+    def _rows(self, require_next: bool) -> torch.Tensor | None:
+        if not require_next or bool((self.horizon_end == self.length).all()):
+            return None
+        keep = torch.ones(len(self.action), dtype=torch.bool, device=self.action.device)
+        keep[(self.start + self.length - 1)[self.horizon_end < self.length]] = False
+        return keep.nonzero().squeeze(-1)
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return len(self.action) if self.rows is None else len(self.rows)
+
+    def gather(self, index: torch.Tensor) -> Batch:
+        """Return the windows of `index` `(B,)`, whole numbers below `len(self)`."""
+        index = index.to(self.action.device)
+        row = index if self.rows is None else self.rows[index]
+        episode = torch.searchsorted(self.start, row, right=True) - 1
+        step, length = row - self.start[episode], self.length[episode]
+        first_obs, first_action = self.start[episode] + episode, self.start[episode]
+
+        n = torch.minimum(self.horizon_end[episode] - step, row.new_tensor(self.n_step)).clamp(min=0)
+        ahead = torch.arange(self.n_step, device=row.device)
+        rewards = self.reward[(row[:, None] + ahead).clamp(max=len(self.reward) - 1)]
+        inside = ahead < n[:, None]
+        ended = self.terminated[episode] & (step + n == length)
+        chunk = step[:, None] + torch.arange(self.spec.horizon, device=row.device) - (self.spec.n_obs_steps - 1)
+        return Batch(
+            obs=self._history(first_obs, step),
+            action=self.action[first_action[:, None] + torch.minimum(chunk.clamp(min=0), length[:, None] - 1)],
+            valid=(chunk >= 0) & (chunk < length[:, None]),
+            reward=(rewards * self.powers[:-1] * inside).sum(-1),
+            next_obs=self._history(first_obs, step + n),
+            discount=self.powers[n] * ~ended,
+        )
+
+    def _history(self, first: torch.Tensor, step: torch.Tensor) -> Obs:
+        back = torch.arange(1 - self.spec.n_obs_steps, 1, device=step.device)
+        rows = first[:, None] + (step[:, None] + back).clamp(min=0)
+        return {name: array[rows] for name, array in self.obs.items()}

@@ -1,0 +1,183 @@
+r"""Samplers: each is one rule that takes a chunk from time `t` to the next time `s < t`; `sample` is the only loop.
+
+With `D` the denoiser and `eps = (x_t - alpha_t D) / sigma_t`:
+
+    Ddim(eta)   x_s = alpha_s D + sqrt(sigma_s^2 - v^2) eps + v z
+                v   = eta sigma_s / sigma_t sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2)
+                eta = 1 is DDPM's ancestral step with its `fixed_small` variance, to the letter; eta = 0 is Euler's
+                method on the probability flow (on the `flow` schedule: x_s = x_t + (s - t) velocity)
+    Heun        the trapezoid of the same: the mean of (D, eps) at both ends of the leg
+    DpmPP2M     second order in lambda = log(alpha / sigma), from the D of the leg before
+
+Times and scales are plain floats worked out once (`Leg`): a branch on a tensor would stop `torch.export` and CUDA
+graphs, and cost each step. A sampler's memory is passed through, never kept.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpolicy.diffusion.denoiser import Denoiser
+from diffpolicy.diffusion.schedule import Schedule
+
+Denoise = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One step of a sampler, from `t` to `s < t`, with the scales at both ends."""
+
+    t: float
+    alpha: float
+    sigma: float
+    s: float
+    alpha_s: float
+    sigma_s: float
+
+
+def legs(schedule: Schedule, steps: int) -> list[Leg]:
+    """`steps` legs of equal length from `t = 1` to exactly 0 (`trailing` spacing in `diffusers`)."""
+    if steps < 1:
+        raise ValueError(f"sampling takes at least one step, not {steps}")
+    points = [(t, *schedule(t)) for t in (1 - i / steps for i in range(steps))] + [(0.0, 1.0, 0.0)]
+    return [Leg(*start, *end) for start, end in zip(points[:-1], points[1:], strict=True)]
+
+
+class Sampler(ABC):
+    """A rule `t -> s` for one leg."""
+
+    @abstractmethod
+    def step(
+        self, denoise: Denoise, x_t: torch.Tensor, leg: Leg, noise: torch.Tensor | None, memory: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Return `(x_s, memory)`; `noise` is this leg's own draw, or None for a deterministic sampler."""
+
+    def draws(self, steps: int) -> int:
+        """Return how many noise tensors one sampling needs, the start included."""
+        return 1
+
+    def evaluations(self, steps: int) -> int:
+        """Return how often the network is evaluated in `steps` legs (`K`, NFE)."""
+        return steps
+
+
+@dataclass(frozen=True)
+class Ddim(Sampler):
+    """DDIM (Song et al. 2021, eq. 12), DDPM (Ho et al. 2020, eq. 7) at `eta = 1`, Euler at `eta = 0`."""
+
+    eta: float = 0.0
+
+    def step(
+        self, denoise: Denoise, x_t: torch.Tensor, leg: Leg, noise: torch.Tensor | None, memory: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """One leg; the last (`s = 0`) returns the posterior mean itself."""
+        x = denoise(x_t, leg.t)
+        eps = (x_t - leg.alpha * x) / leg.sigma
+        ratio = leg.alpha / leg.alpha_s
+        spread = max(leg.sigma**2 - ratio**2 * leg.sigma_s**2, 0.0)
+        v = self.eta * leg.sigma_s / leg.sigma * math.sqrt(spread)
+        x_s = leg.alpha_s * x + math.sqrt(max(leg.sigma_s**2 - v**2, 0.0)) * eps
+        return (x_s if noise is None or v == 0.0 else x_s + v * noise), memory
+
+    def draws(self, steps: int) -> int:
+        """Return one draw for the start and, with `eta > 0`, one for each leg but the last."""
+        return steps if self.eta > 0 else 1
+
+
+@dataclass(frozen=True)
+class Heun(Sampler):
+    """Trapezoid on the probability flow, two evaluations a leg but one on the last (Karras et al. 2022, alg. 1).
+
+    Written in `(alpha, sigma)` rather than `sigma / alpha`, which is unbounded at `t = 1`.
+    """
+
+    def step(
+        self, denoise: Denoise, x_t: torch.Tensor, leg: Leg, noise: torch.Tensor | None, memory: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Predict with Euler, correct with the mean of both ends."""
+        x = denoise(x_t, leg.t)
+        eps = (x_t - leg.alpha * x) / leg.sigma
+        x_s = leg.alpha_s * x + leg.sigma_s * eps
+        if leg.sigma_s == 0.0:
+            return x_s, memory
+        x_end = denoise(x_s, leg.s)
+        eps_end = (x_s - leg.alpha_s * x_end) / leg.sigma_s
+        slope_alpha, slope_sigma = leg.alpha_s - leg.alpha, leg.sigma_s - leg.sigma
+        return x_t + slope_alpha * (x + x_end) / 2 + slope_sigma * (eps + eps_end) / 2, memory
+
+    def evaluations(self, steps: int) -> int:
+        """Return two a leg, one on the last."""
+        return 2 * steps - 1
+
+
+@dataclass(frozen=True)
+class DpmPP2M(Sampler):
+    """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), first order on the first leg and the last."""
+
+    def step(
+        self, denoise: Denoise, x_t: torch.Tensor, leg: Leg, noise: torch.Tensor | None, memory: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """One leg; the memory is `(D, h)` of the leg before."""
+        x = denoise(x_t, leg.t)
+        if leg.sigma_s == 0.0:
+            return x, None
+        h = math.log(leg.alpha_s / leg.sigma_s) - math.log(leg.alpha / leg.sigma)
+        estimate = x
+        if memory is not None:
+            x_before, h_before = memory
+            estimate = x + h / (2 * h_before) * (x - x_before)
+        x_s = leg.sigma_s / leg.sigma * x_t - leg.alpha_s * math.expm1(-h) * estimate
+        return x_s, (x, h)
+
+
+def sample(
+    denoiser: Denoiser, sampler: Sampler, noise: torch.Tensor, cond: torch.Tensor | None, steps: int
+) -> torch.Tensor:
+    """Turn noise into a chunk.
+
+    Args:
+        denoiser: posterior mean, with its schedule.
+        sampler: the rule of one leg.
+        noise: every draw of this sampling, `(draws, B, Tp, Da)` with `draws >= sampler.draws(steps)`.
+        cond: what conditions the network, `(B, C)` or None.
+        steps: number of legs.
+
+    Returns:
+        Chunk `(B, Tp, Da)` on the unit scale.
+    """
+    if len(noise) < sampler.draws(steps):
+        raise ValueError(f"{sampler} with {steps} steps needs {sampler.draws(steps)} draws of noise, not {len(noise)}")
+    x, memory = noise[0], None
+    for i, leg in enumerate(legs(denoiser.schedule, steps)):
+        draw = noise[i + 1] if i + 1 < len(noise) else None
+        x, memory = sampler.step(lambda x_t, t: denoiser(x_t, t, cond), x, leg, draw, memory)
+    return x
+
+
+class Sample(nn.Module):
+    """The planner that samples: `(cond, noise) -> chunk` in the unit box."""
+
+    def __init__(self, denoiser: Denoiser, sampler: Sampler, steps: int) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.sampler = sampler
+        self.steps = steps
+
+    @property
+    def draws(self) -> int:
+        """Noise tensors that one sampling needs."""
+        return self.sampler.draws(self.steps)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one sampling (`K`, NFE)."""
+        return self.sampler.evaluations(self.steps)
+
+    def forward(self, cond: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
+        """Sample chunks `(B, Tp, Da)` from `cond (B, C)` and `noise (draws, B, Tp, Da)`."""
+        return sample(self.denoiser, self.sampler, noise, cond, self.steps)

@@ -1,0 +1,28 @@
+"""The errors a user can act on, each one sentence: what came, what was wanted, what to do.
+
+All of them are `DiffPolicyError`, which the command line prints without a traceback (exit code 2).
+"""
+
+
+class DiffPolicyError(ValueError):
+    """Bad input, refused at a door of the library."""
+
+
+class DatasetError(DiffPolicyError):
+    """A dataset that cannot be read, or whose content cannot be right."""
+
+
+class SpecError(DiffPolicyError):
+    """Sizes, horizons or spaces that cannot work together."""
+
+
+class PolicyError(DiffPolicyError):
+    """A saved policy or run that cannot be loaded, or an observation it was not made for."""
+
+
+class TrainingError(DiffPolicyError):
+    """A training run that cannot go on, for example after a loss that is not a number."""
+
+
+class MissingExtraError(DiffPolicyError):
+    """An optional dependency that is not installed."""

@@ -1,0 +1,312 @@
+"""Policy: observations in, actions out, in physical units; what is trained, saved, loaded, evaluated and deployed.
+
+    obs --> history --encode--> cond --plan--> chunk --decode--> chunk[To-1 : To-1+Ta] --cursor--> action
+
+`plan(history, noise)` is a function of its arguments. `predict` follows stable-baselines3's protocol; the state of a
+rollout is a value that the caller holds, so one policy serves many environments, and starting one of them over
+touches no other. The noise of a plan is drawn from (seed, episode, plan), where episodes are numbered over all
+environments in turn: a rollout of the same episodes gives the same actions with any number of environments.
+
+A saved policy is a folder with `policy.json` (format number, sizes, parts) and `policy.safetensors` (weights,
+normalizer). Loading executes nothing.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.spec import Spec
+from diffpolicy.diffusion.denoiser import NetworkDenoiser
+from diffpolicy.errors import PolicyError
+from diffpolicy.nets.encoder import FlattenEncoder
+from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, make_planner
+
+FORMAT = 1
+BOX_NAME = "obs"
+
+Obs = Mapping[str, np.ndarray] | np.ndarray
+
+
+@dataclass(frozen=True)
+class PolicyState:
+    """Rollout of N environments: `history {name: (N, To, ...)}`, the executed part `chunk (N, Ta, Da)`, counters `(N,)`.
+
+    `cursor` is the next action of the chunk, `episode` how many episodes began before this one, `plan` how many
+    plans this episode has had.
+    """
+
+    history: Mapping[str, np.ndarray]
+    chunk: np.ndarray
+    cursor: np.ndarray
+    episode: np.ndarray
+    plan: np.ndarray
+
+
+class Policy(nn.Module):
+    """A diffusion policy: normalizer, encoder, denoiser and sampler.
+
+    Args:
+        spec: sizes and horizons.
+        normalizer: fitted, the border of units.
+        encoder: named history to condition.
+        denoiser: the trained network.
+        denoiser_config: what `denoiser` was made from.
+        sampler_config: how to sample.
+        seed: seed of the noise of `predict`.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        normalizer: Normalizer,
+        encoder: FlattenEncoder,
+        denoiser: NetworkDenoiser,
+        denoiser_config: DenoiserConfig,
+        sampler_config: SamplerConfig,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.normalizer = normalizer
+        self.encoder = encoder
+        self.denoiser = denoiser
+        self.denoiser_config = denoiser_config
+        self.sampler_config = sampler_config
+        self.seed = seed
+        self.planner = make_planner(denoiser, denoiser_config.clip, sampler_config)
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy plans."""
+        return self.normalizer["action"].scale.device
+
+    def with_sampler(self, config: SamplerConfig) -> "Policy":
+        """Return the same policy, weights shared, under another sampler."""
+        return Policy(
+            self.spec, self.normalizer, self.encoder, self.denoiser, self.denoiser_config, config, self.seed
+        )
+
+    @torch.inference_mode()
+    def plan(self, history: Mapping[str, torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
+        """Sample chunks of actions.
+
+        Args:
+            history: named observations, `{name: (B, To, ...)}`, physical units, on the policy's device.
+            noise: every draw of one sampling, `(draws, B, Tp, Da)`, standard normal.
+
+        Returns:
+            Chunks `(B, Tp, Da)` in physical units, on the policy's device.
+        """
+        cond = self.encoder(self.normalizer.encode_obs(history))
+        return self.normalizer.decode_action(self.planner(cond, noise))
+
+    def predict(
+        self,
+        obs: Obs,
+        state: PolicyState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, PolicyState]:
+        """Choose the next action of each environment; plans only for those whose chunk is used up.
+
+        Args:
+            obs: one observation or a batch of N, named or a plain array (called `obs`), physical units.
+            state: what the last call returned, None at the start.
+            episode_start: which environments begin an episode with this observation, `(N,)` bool.
+            deterministic: True draws the noise from (seed, episode, plan), False draws it afresh. Never zero noise.
+
+        Returns:
+            Actions `(Da,)` or `(N, Da)`, and the state to pass to the next call.
+
+        Raises:
+            PolicyError: if a name is missing, a shape differs from the policy's, or a number is not finite.
+        """
+        named, batched = self._named(obs)
+        n = len(next(iter(named.values())))
+        start = np.ones(n, dtype=bool) if state is None or episode_start is None else np.atleast_1d(episode_start)
+        if state is not None and episode_start is None:
+            start = np.zeros(n, dtype=bool)
+        state = self._observe(named, state or self._blank_state(n), start.astype(bool))
+        due = np.flatnonzero(state.cursor >= self.spec.n_action_steps)
+        if len(due):
+            state = self._replan(state, due, deterministic)
+        action = state.chunk[np.arange(n), state.cursor]
+        state = replace(state, cursor=state.cursor + 1)
+        return (action if batched else action[0]), state
+
+    def _named(self, obs: Obs) -> tuple[dict[str, np.ndarray], bool]:
+        """Name, check and batch an observation; also return whether it came as a batch."""
+        given = dict(obs) if isinstance(obs, Mapping) else {BOX_NAME: obs}
+        arrays: dict[str, np.ndarray] = {}
+        batched = True
+        for name, shape in self.spec.obs_shapes.items():
+            if name not in given:
+                raise PolicyError(f"the observation has {sorted(given)}; the policy needs {sorted(self.spec.obs_shapes)}")
+            array = np.asarray(given[name], dtype=np.float32)
+            batched = array.ndim > len(shape)
+            if array.shape[batched:] != shape:
+                raise PolicyError(f"observation {name!r} has shape {array.shape}; the policy needs {shape} or (N, *{shape})")
+            if not np.isfinite(array).all():
+                raise PolicyError(f"observation {name!r} holds a number that is not finite; check the sensor or environment")
+            arrays[name] = array if batched else array[None]
+        return arrays, batched
+
+    def _blank_state(self, n: int) -> PolicyState:
+        spec = self.spec
+        return PolicyState(
+            history={k: np.zeros((n, spec.n_obs_steps, *s), dtype=np.float32) for k, s in spec.obs_shapes.items()},
+            chunk=np.zeros((n, spec.n_action_steps, spec.action_dim), dtype=np.float32),
+            cursor=np.full(n, spec.n_action_steps),
+            episode=np.full(n, -1),
+            plan=np.zeros(n, dtype=np.int64),
+        )
+
+    def _observe(self, obs: dict[str, np.ndarray], state: PolicyState, start: np.ndarray) -> PolicyState:
+        """Append the observation to the history; where an episode starts, fill the history with it."""
+        history = {}
+        for name, array in obs.items():
+            shifted = np.concatenate([state.history[name][:, 1:], array[:, None]], axis=1)
+            shifted[start] = array[start, None]
+            history[name] = shifted
+        return replace(
+            state,
+            history=history,
+            cursor=np.where(start, self.spec.n_action_steps, state.cursor),
+            episode=state.episode + start,
+            plan=np.where(start, 0, state.plan),
+        )
+
+    def _replan(self, state: PolicyState, due: np.ndarray, deterministic: bool) -> PolicyState:
+        """Plan for the environments `due`, as one batch: one transfer to the device, one back."""
+        episode = due + state.episode[due] * len(state.cursor)
+        noise = self._noise(episode, state.plan[due], deterministic)
+        history = {name: torch.from_numpy(array[due]).to(self.device) for name, array in state.history.items()}
+        chunk = self.plan(history, torch.from_numpy(noise).to(self.device))
+        executed = state.chunk.copy()
+        executed[due] = chunk[:, self.spec.executed].cpu().numpy()
+        cursor, plan = state.cursor.copy(), state.plan.copy()
+        cursor[due] = 0
+        plan[due] += 1
+        return replace(state, chunk=executed, cursor=cursor, plan=plan)
+
+    def _noise(self, episode: np.ndarray, plan: np.ndarray, deterministic: bool) -> np.ndarray:
+        shape = (self.planner.draws, self.spec.horizon, self.spec.action_dim)
+        streams = (
+            np.random.default_rng([self.seed, int(e), int(p)] if deterministic else None)
+            for e, p in zip(episode, plan, strict=True)
+        )
+        return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams], axis=1)
+
+    def check_spaces(self, observation: gymnasium.Space, action: gymnasium.Space) -> None:
+        """Compare the policy's sizes with an environment's spaces.
+
+        Raises:
+            PolicyError: if they differ.
+        """
+        spaces = dict(observation.spaces) if isinstance(observation, gymnasium.spaces.Dict) else {BOX_NAME: observation}
+        for name, shape in self.spec.obs_shapes.items():
+            found = spaces[name].shape if name in spaces else None
+            if found != tuple(shape):
+                raise PolicyError(
+                    f"the environment's observation {name!r} is {found or 'missing'}; the policy was trained on {shape}: "
+                    "evaluate it in the environment of its dataset"
+                )
+        if action.shape != (self.spec.action_dim,):
+            raise PolicyError(
+                f"the environment takes actions {action}; the policy makes ({self.spec.action_dim},): "
+                "evaluate it in the environment of its dataset"
+            )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `policy.json` and `policy.safetensors` into `folder`, each atomically; return the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{part}.{k}": v for part in PARTS for k, v in getattr(self, part).state_dict().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        description = {
+            "format": FORMAT,
+            "spec": self.spec.to_json(),
+            "normalizer": self.normalizer.to_json(),
+            "denoiser": asdict(self.denoiser_config),
+            "sampler": asdict(self.sampler_config),
+            "seed": self.seed,
+        }
+        for name, write in (
+            ("policy.safetensors", lambda path: save_file(tensors, path)),
+            ("policy.json", lambda path: path.write_text(json.dumps(description, indent=1))),
+        ):
+            temporary = folder / f".{name}.tmp"
+            write(temporary)
+            os.replace(temporary, folder / name)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Policy":
+        """Read a saved policy; nothing in it is executed.
+
+        Raises:
+            PolicyError: if a file is missing, cut short, of a newer format, or not what it should be.
+        """
+        folder = Path(folder)
+        description = _read_description(folder / "policy.json")
+        try:
+            spec = Spec.from_json(description["spec"])
+            normalizer = Normalizer(description["normalizer"])
+            denoiser_config = DenoiserConfig(**_tuples(description["denoiser"]))
+            sampler_config = SamplerConfig(**description["sampler"])
+            denoiser = make_denoiser(denoiser_config, spec, normalizer)
+            policy = cls(spec, normalizer, make_encoder(spec), denoiser, denoiser_config, sampler_config, description["seed"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PolicyError(f"{folder / 'policy.json'} does not describe a policy ({error!r}); save it again") from error
+        policy._read_weights(folder / "policy.safetensors")
+        return policy.to(device)
+
+    def _read_weights(self, path: Path) -> None:
+        try:
+            tensors = load_file(path)
+            for part in PARTS:
+                prefix = f"{part}."
+                state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                getattr(self, part).load_state_dict(state)
+        except FileNotFoundError as error:
+            raise PolicyError(f"there is no {path}; a policy is a folder with policy.json and policy.safetensors") from error
+        except (SafetensorError, OSError) as error:
+            raise PolicyError(
+                f"{path} is not a whole safetensors file ({error}); it may be cut short, or a pickle, which is never "
+                "loaded: copy or save it again"
+            ) from error
+        except RuntimeError as error:
+            first = str(error).splitlines()[-1].strip()
+            raise PolicyError(f"{path} does not fit policy.json beside it ({first}); save the policy again") from error
+
+
+PARTS = ("normalizer", "encoder", "denoiser")
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text())
+        version = int(description["format"])
+    except FileNotFoundError as error:
+        raise PolicyError(f"there is no policy at {path.parent}: {path.name} is missing; check the path") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PolicyError(f"{path} cannot be read ({error}); save the policy again") from error
+    if version > FORMAT:
+        raise PolicyError(f"{path} has format {version}, this version reads up to {FORMAT}; update diffpolicy")
+    return description
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
