@@ -49,6 +49,7 @@ class Windows:
         gamma: discount a step.
         device: where the arrays live; `gather` answers there.
         require_next: leave out windows whose next observation was never recorded (for bootstrapping).
+        only: numbers of the episodes to take windows from, all if None.
         n_step: steps of the return, `n_action_steps` if None.
     """
 
@@ -59,6 +60,7 @@ class Windows:
         gamma: float = 0.99,
         device: str | torch.device = "cpu",
         require_next: bool = False,
+        only: np.ndarray | None = None,
         n_step: int | None = None,
     ) -> None:
         self.spec = spec
@@ -73,14 +75,19 @@ class Windows:
         # An episode whose last observation is unknown bootstraps only up to the one before.
         self.horizon_end = torch.where(has_final | self.terminated, self.length, self.length - 1)
         self.powers = gamma ** torch.arange(self.n_step + 1, device=device, dtype=torch.float32)
-        self.rows = self._rows(require_next)
+        self.rows = self._rows(require_next, only)
 
-    def _rows(self, require_next: bool) -> torch.Tensor | None:
-        if not require_next or bool((self.horizon_end == self.length).all()):
+    def _rows(self, require_next: bool, only: np.ndarray | None) -> torch.Tensor | None:
+        """Return the steps that windows are taken from, None for all."""
+        usable = self.horizon_end if require_next else self.length
+        if only is None and bool((usable == self.length).all()):
             return None
-        keep = torch.ones(len(self.action), dtype=torch.bool, device=self.action.device)
-        keep[(self.start + self.length - 1)[self.horizon_end < self.length]] = False
-        return keep.nonzero().squeeze(-1)
+        chosen = torch.ones_like(usable, dtype=torch.bool)
+        if only is not None:
+            chosen = torch.zeros_like(chosen).index_fill_(0, torch.as_tensor(only, device=chosen.device), True)
+        episode = torch.repeat_interleave(torch.arange(len(usable), device=usable.device), self.length)
+        step = torch.arange(len(episode), device=usable.device) - self.start[episode]
+        return (chosen[episode] & (step < usable[episode])).nonzero().squeeze(-1)
 
     def __len__(self) -> int:
         """Return the number of windows."""

@@ -1,0 +1,1 @@
+"""diffpolicy: diffusion policies for reinforcement learning and robot control."""

@@ -1,0 +1,176 @@
+"""Rollout: an actor plays Gymnasium environments, and what happened comes back as `Episodes`, the type of the files.
+
+An actor is anything with stable-baselines3's `predict(obs, state, episode_start, deterministic) -> (action, state)`.
+Environment `i` of N plays episodes `i, i + N, i + 2N, ...`; with our own environments (`make_envs`) episode `k` is
+reset with seed `seed + k`, so the result does not depend on N. Vector environments made elsewhere reset by
+themselves: then only the first episode of each is seeded, and the step that a NEXT_STEP environment spends on its
+reset is not recorded, nor is its action used.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.errors import MissingExtraError, SpecError
+
+BOX_NAME = "obs"
+PLUGINS = ("gymnasium_robotics", "gym_pusht")
+
+
+class Actor(Protocol):
+    """Anything that acts: stable-baselines3's models, our `Policy`, scripted experts."""
+
+    def predict(
+        self, obs: Any, state: Any = None, episode_start: np.ndarray | None = None, deterministic: bool = True
+    ) -> tuple[np.ndarray, Any]:
+        """Return actions for a batch of observations, and the state for the next call."""
+        ...
+
+
+def make_env(env_id: str, **kwargs: Any) -> gymnasium.Env:
+    """Return one environment; the packages that register robotics and Push-T are imported when they are needed.
+
+    Raises:
+        MissingExtraError: if no installed package registers `env_id`.
+        SpecError: if its actions are not continuous.
+    """
+    if env_id not in gymnasium.registry and ":" not in env_id:
+        for plugin in PLUGINS:
+            if find_spec(plugin):
+                import_module(plugin)
+    try:
+        env = gymnasium.make(env_id, **kwargs)
+    except (gymnasium.error.UnregisteredEnv, gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
+        raise MissingExtraError(
+            f"no installed package makes the environment {env_id!r} ({error}); check its name, "
+            "or pip install 'diffpolicy[envs]'"
+        ) from error
+    if not isinstance(env.action_space, gymnasium.spaces.Box):
+        raise SpecError(f"{env_id} has the action space {env.action_space}; a diffusion policy needs a continuous Box")
+    return env
+
+
+def make_envs(
+    env_id: str,
+    n: int,
+    env_kwargs: Mapping[str, Any] | None = None,
+    asynchronous: bool = False,
+    wrapper: Callable[[gymnasium.Env], gymnasium.Env] = lambda env: env,
+) -> VectorEnv:
+    """Return N copies of an environment that reset only when told (`AutoresetMode.DISABLED`)."""
+    makers = [lambda: wrapper(make_env(env_id, **(env_kwargs or {})))] * n
+    kind = AsyncVectorEnv if asynchronous else SyncVectorEnv
+    return kind(makers, autoreset_mode=AutoresetMode.DISABLED)
+
+
+@dataclass
+class _Recording:
+    """What one environment has shown since its episode began."""
+
+    obs: list[Mapping[str, np.ndarray]]
+    action: list[np.ndarray] = field(default_factory=list)
+    reward: list[float] = field(default_factory=list)
+    info: list[dict[str, float]] = field(default_factory=list)
+
+    def episode(self, terminated: bool, truncated: bool) -> Episode:
+        return Episode(
+            obs={name: np.stack([o[name] for o in self.obs]).astype(np.float32) for name in self.obs[0]},
+            action=np.stack(self.action).astype(np.float32),
+            reward=np.array(self.reward, dtype=np.float32),
+            terminated=terminated,
+            truncated=truncated,
+            info={key: np.array([i.get(key, 0.0) for i in self.info], dtype=np.float32) for key in self.info[0]},
+        )
+
+
+def play(
+    actor: Actor, envs: VectorEnv, episodes: int, seed: int, deterministic: bool = True
+) -> Iterator[tuple[int, Episode]]:
+    """Yield `(k, episode)` as episodes end, each `k < episodes` once; see the module for seeds and order."""
+    n = envs.num_envs
+    mode = envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+    current = np.arange(n)
+    obs, _ = envs.reset(seed=[seed + int(k) for k in current])
+    recordings = [_Recording([row]) for row in _rows(obs, n)]
+    state, start, resetting = None, np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
+    remaining = episodes
+    while remaining:
+        action, state = actor.predict(obs, state=state, episode_start=start, deterministic=deterministic)
+        obs, reward, terminated, truncated, info = envs.step(action)
+        ended = (terminated | truncated) & ~resetting
+        rows = _rows(obs, n)
+        final = _rows(info["final_obs"], n) if mode == AutoresetMode.SAME_STEP and ended.any() else rows
+        for i in range(n):
+            if resetting[i]:
+                recordings[i] = _Recording([rows[i]])
+                continue
+            record = recordings[i]
+            record.action.append(np.asarray(action[i]))
+            record.reward.append(float(reward[i]))
+            record.info.append(_numbers(info, i))
+            record.obs.append(final[i] if ended[i] else rows[i])
+            if ended[i]:
+                if current[i] < episodes:
+                    remaining -= 1
+                    yield int(current[i]), record.episode(bool(terminated[i]), bool(truncated[i]))
+                current[i] += n
+        if mode == AutoresetMode.DISABLED and ended.any() and remaining:
+            obs, _ = envs.reset(seed=[seed + int(k) for k in current], options={"reset_mask": ended})
+            rows = _rows(obs, n)
+        if mode != AutoresetMode.NEXT_STEP:
+            for i in np.flatnonzero(ended):
+                recordings[i] = _Recording([rows[i]])
+            start = ended
+        else:
+            start, resetting = resetting, ended
+
+
+def rollout(actor: Actor, envs: VectorEnv, episodes: int, seed: int, deterministic: bool = True) -> Episodes:
+    """Play `episodes` episodes and return them in the order of their seeds."""
+    played = dict(play(actor, envs, episodes, seed, deterministic))
+    return from_list([played[k] for k in range(episodes)], meta=provenance(envs, seed))
+
+
+def provenance(envs: VectorEnv, seed: int) -> dict[str, Any]:
+    """Return what identifies the environments of a rollout, as JSON values."""
+    seeded = envs.metadata.get("autoreset_mode") == AutoresetMode.DISABLED
+    return {
+        "env_id": envs.spec.id if envs.spec else None,
+        "env_kwargs": {k: v for k, v in (envs.spec.kwargs if envs.spec else {}).items() if _is_json(v)},
+        "seed": seed,
+        "seeds": "seed + episode" if seeded else "first episode of each environment only",
+    }
+
+
+def _is_json(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _rows(obs: Any, n: int) -> list[dict[str, np.ndarray]]:
+    """Split a batch of observations into one mapping an environment."""
+    if isinstance(obs, np.ndarray) and obs.dtype == object:  # `final_obs`: one entry an environment, None where running
+        return [_named(obs[i]) if obs[i] is not None else {} for i in range(n)]
+    named = _named(obs)
+    return [{name: np.array(array[i]) for name, array in named.items()} for i in range(n)]
+
+
+def _named(obs: Any) -> dict[str, np.ndarray]:
+    return dict(obs) if isinstance(obs, Mapping) else {BOX_NAME: obs}
+
+
+def _numbers(info: Mapping[str, Any], i: int) -> dict[str, float]:
+    """Return environment `i`'s numeric scalars of a vector environment's `info`, the final ones where it reset itself."""
+    ended = "final_info" in info and info["_final_info"][i]
+    source = info["final_info"] if ended else info
+    return {
+        key: float(values[i])
+        for key, values in source.items()
+        if not key.startswith("_") and isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "bfiu"
+    }

@@ -1,0 +1,122 @@
+"""Tables: tasks, agents and presets by name, what the command line chooses from.
+
+A task says which environment belongs to a dataset, how its observations are named and normalised, what success is,
+and a preset that is known to work. Only this module and the command line import the environments.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from diffpolicy.agents.bc import Bc, BcConfig
+from diffpolicy.data.episodes import Episodes
+from diffpolicy.data.normalizer import Kinds, Normalizer
+from diffpolicy.data.spec import Spec
+from diffpolicy.errors import SpecError
+from diffpolicy.parts import DenoiserConfig
+from diffpolicy.train import TrainConfig
+
+SMALL = DenoiserConfig(down_dims=(64, 128, 256), kernel_size=3, step_embed_dim=128)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Horizons and settings that are known to work for a task."""
+
+    horizon: int = 16
+    n_obs_steps: int = 2
+    n_action_steps: int = 8
+    bc: BcConfig = field(default_factory=BcConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment and the data that belongs to it.
+
+    Args:
+        env_id: Gymnasium id.
+        env_kwargs: arguments of `gymnasium.make`.
+        rename: observation names of foreign datasets, `{name in the environment: name in the dataset}`.
+        kinds: how observations are normalised, `limits` where not given.
+        success: name of the `info` value that says success, None if the task has none.
+        score: which number of an episode is its score: `max_reward`, `d4rl` (normalised return), or None.
+        reference: D4RL's name for its reference scores.
+        preset: settings.
+    """
+
+    env_id: str
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    rename: Mapping[str, str] = field(default_factory=dict)
+    kinds: Mapping[str, Kinds] = field(default_factory=dict)
+    success: str | None = None
+    score: str | None = None
+    reference: str | None = None
+    preset: Preset = field(default_factory=Preset)
+
+
+def _maze(env_id: str, denoiser: DenoiserConfig, steps: int) -> Task:
+    bc = BcConfig(denoiser=denoiser, learning_rate=1e-3, warmup_steps=200)
+    return Task(
+        env_id=env_id,
+        env_kwargs={"continuing_task": False},
+        success="success",
+        preset=Preset(bc=bc, train=TrainConfig(steps=steps)),
+    )
+
+
+def _locomotion(name: str) -> Task:
+    bc = BcConfig(denoiser=SMALL, learning_rate=4e-4)
+    preset = Preset(horizon=4, n_obs_steps=1, n_action_steps=1, bc=bc)
+    return Task(env_id=f"{name}-v4", score="d4rl", reference=f"{name.lower()}-medium-v2", preset=preset)
+
+
+TASKS: dict[str, Task] = {
+    "pusht": Task(
+        env_id="gym_pusht/PushT-v0",
+        env_kwargs={"obs_type": "state"},
+        rename={"obs": "state"},
+        kinds={"obs": ("limits", "limits", "limits", "limits", "angle")},
+        success="is_success",
+        score="max_reward",
+        preset=Preset(bc=BcConfig(denoiser=SMALL, learning_rate=4e-4), train=TrainConfig(steps=20_000)),
+    ),
+    "pointmaze-umaze": _maze("PointMaze_UMaze-v3", replace(SMALL, down_dims=(32, 64, 128), step_embed_dim=64), 3000),
+    "pointmaze-medium": _maze("PointMaze_Medium-v3", SMALL, 12_000),
+    "detour": Task(env_id="diffpolicy_envs:Detour-v0", success="success"),
+    "halfcheetah": _locomotion("HalfCheetah"),
+    "hopper": _locomotion("Hopper"),
+    "walker2d": _locomotion("Walker2d"),
+}
+
+
+def get_task(name: str | None) -> Task | None:
+    """Return a task by its name.
+
+    Raises:
+        SpecError: if there is none of that name.
+    """
+    if name is not None and name not in TASKS:
+        raise SpecError(f"there is no task {name!r}; wanted one of {', '.join(TASKS)}")
+    return None if name is None else TASKS[name]
+
+
+def prepare(task: Task | None, episodes: Episodes) -> Episodes:
+    """Name the observations of a dataset as the task's environment does."""
+    if task is None or not task.rename or set(task.rename) <= set(episodes.obs):
+        return episodes
+    return episodes.rename(task.rename)
+
+
+def make_bc(
+    spec: Spec, episodes: Episodes, kinds: Mapping[str, Kinds], config: BcConfig, train: TrainConfig, device: torch.device
+) -> Bc:
+    """Return an imitation agent for these episodes."""
+    normalizer = Normalizer.fit(episodes, kinds, clipped_actions=config.denoiser.clip is not None)
+    return Bc(spec, normalizer, config, train.steps, device, train.seed)
+
+
+AGENTS: dict[str, Callable[..., Bc]] = {"bc": make_bc}
+

@@ -1,0 +1,288 @@
+"""Training: `fit` is a generator of (step, metrics); `train` runs it in a run folder that can be stopped and resumed.
+
+    runs/maze/
+      config.json                      all that made it: arguments, dataset fingerprint, versions, seed
+      policy.json policy.safetensors   the deployable policy: averaged weights, normalizer, sizes, sampler
+      checkpoint/state.pt              all that resuming needs, written atomically
+      metrics.jsonl, events.*          what was logged, the latter for TensorBoard
+
+Logged names: `loss` and `validation/loss` (squared error of the prediction, unit scale), `grad_norm` (before
+clipping), `learning_rate`, `samples_per_s`, `validation/action_error` (mean absolute error of sampled actions against
+the data's, unit scale) and `validation/action_error_by_index/k` for the k-th action of the chunk.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from diffpolicy import pictures
+from diffpolicy.data.episodes import Episodes, split
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.spec import Spec
+from diffpolicy.data.windows import Batch, Windows
+from diffpolicy.errors import DatasetError, PolicyError, TrainingError
+from diffpolicy.policy import Policy
+
+Metrics = dict[str, float]
+VALIDATION_WINDOWS = 512
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batches and bookkeeping of a run."""
+
+    steps: int = 20_000
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Windows a step."""
+    validation_fraction: float = 0.02
+    """Share of the episodes held out."""
+    log_every: int = 50
+    """Steps between logged metrics."""
+    validate_every: int = 1000
+    """Steps between validations and pictures."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of the split, the order of the data, weights and noise."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+
+class Agent(Protocol):
+    """What `fit` needs of an algorithm."""
+
+    step: int
+    spec: Spec
+    normalizer: Normalizer
+    device: torch.device
+
+    def update(self, batch: Batch) -> Mapping[str, torch.Tensor | float]:
+        """One optimizer step on an encoded batch."""
+        ...
+
+    def validation_loss(self, batch: Batch, seed: int = 0) -> float:
+        """Loss of the averaged weights on an encoded batch."""
+        ...
+
+    def policy(self) -> Policy:
+        """Return the policy as it stands."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that continuing needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue."""
+        ...
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device named, the first CUDA device for `auto` where there is one."""
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(automatic if name == "auto" else name)
+
+
+class Order:
+    """Which windows make batch `step`: a fresh permutation each epoch, a function of (seed, step) only."""
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.epoch, self.permutation = -1, torch.empty(0, dtype=torch.long)
+
+    def __call__(self, step: int) -> torch.Tensor:
+        """Indices `(batch_size,)` of one step; a batch may straddle two epochs."""
+        first = step * self.batch_size
+        parts, taken = [], 0
+        while taken < self.batch_size:
+            epoch, offset = divmod(first + taken, self.n)
+            part = self._shuffled(epoch)[offset : offset + self.batch_size - taken]
+            parts.append(part)
+            taken += len(part)
+        return torch.cat(parts)
+
+    def _shuffled(self, epoch: int) -> torch.Tensor:
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+            self.epoch, self.permutation = epoch, torch.randperm(self.n, generator=generator)
+        return self.permutation
+
+
+def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = None) -> Iterator[tuple[int, Metrics]]:
+    """Train from `agent.step` to `config.steps`; yield metrics every `log_every` steps and at the last.
+
+    Raises:
+        TrainingError: if the loss is not a number; the batch is saved in `run`.
+    """
+    order = Order(len(windows), config.batch_size, config.seed)
+    last, clock = agent.step, time.perf_counter()
+    while agent.step < config.steps:
+        batch = agent.normalizer.encode(windows.gather(order(agent.step)))
+        metrics = agent.update(batch)
+        log = agent.step % config.log_every == 0 or agent.step == config.steps
+        # Reading the loss waits for the device, so on CUDA it is checked only when it is logged.
+        if (log or agent.device.type == "cpu") and not np.isfinite(float(metrics["loss"])):
+            raise TrainingError(_report_nan(batch, agent.step, run))
+        if log:
+            seconds = time.perf_counter() - clock
+            values = {name: float(value) for name, value in metrics.items()}
+            values["samples_per_s"] = (agent.step - last) * config.batch_size / seconds
+            yield agent.step, values
+            last, clock = agent.step, time.perf_counter()
+
+
+def _report_nan(batch: Batch, step: int, run: Path | None) -> str:
+    message = f"the loss became not a number at step {step}"
+    if run is not None:
+        arrays = {f"obs.{k}": v for k, v in batch.obs.items()} | {"action": batch.action, "valid": batch.valid}
+        np.savez(run / "nan_batch.npz", **{k: v.cpu().numpy() for k, v in arrays.items()})
+        message += f"; its batch is in {run / 'nan_batch.npz'}"
+    return message + "; lower the learning rate or look at that batch; the last checkpoint is unharmed"
+
+
+@torch.no_grad()
+def validate(agent: Agent, windows: Windows) -> tuple[Metrics, tuple[np.ndarray, np.ndarray]]:
+    """Loss and action error on fixed windows with fixed noise; also some sampled and true chunks `(B, Tp, Da)`."""
+    n = min(len(windows), VALIDATION_WINDOWS)
+    index = torch.linspace(0, len(windows) - 1, n).round().long()
+    batch = windows.gather(index)
+    encoded = agent.normalizer.encode(batch)
+    policy = agent.policy()
+    generator = torch.Generator().manual_seed(0)
+    shape = (policy.planner.draws, n, agent.spec.horizon, agent.spec.action_dim)
+    chunk = policy.plan(batch.obs, torch.randn(shape, generator=generator).to(agent.device))
+    error = (policy.normalizer["action"].encode(chunk) - encoded.action).abs().mean(-1) * batch.valid
+    by_index = error.sum(0) / batch.valid.sum(0).clamp(min=1)
+    metrics = {
+        "validation/loss": agent.validation_loss(encoded),
+        "validation/action_error": float(error.sum() / batch.valid.sum()),
+        **{f"validation/action_error_by_index/{k:02d}": float(e) for k, e in enumerate(by_index)},
+    }
+    return metrics, (chunk.cpu().numpy(), batch.action.cpu().numpy())
+
+
+def train(
+    agent: Agent, episodes: Episodes, config: TrainConfig, run: Path, description: Mapping[str, Any]
+) -> Iterator[tuple[int, Metrics]]:
+    """Train in a run folder; continues from its checkpoint if there is one. Yields what `fit` yields.
+
+    Args:
+        agent: made for `episodes`.
+        episodes: physical units.
+        config: length and bookkeeping.
+        run: the run folder, made if absent.
+        description: what goes into `config.json`, JSON values.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
+    kept, held_out = split(episodes, config.validation_fraction, config.seed)
+    windows = Windows(episodes, agent.spec, device=agent.device, only=kept)
+    validation = Windows(episodes, agent.spec, device=agent.device, only=held_out if len(held_out) else kept[:1])
+    if (run / "checkpoint" / "state.pt").exists():
+        restore(agent, run)
+    _forget_after(run / "metrics.jsonl", agent.step)
+    with SummaryWriter(str(run), purge_step=agent.step) as board, (run / "metrics.jsonl").open("a") as log:
+        for step, metrics in fit(agent, windows, config, run):
+            last = step == config.steps
+            if last or step % config.validate_every < config.log_every:
+                found, (sampled, true) = validate(agent, validation)
+                metrics |= found
+                board.add_figure("validation/chunks", pictures.chunks(sampled, true), step)
+            for name, value in metrics.items():
+                board.add_scalar(name, value, step)
+            log.write(json.dumps({"step": step, **metrics}) + "\n")
+            log.flush()
+            if last or step % config.checkpoint_every < config.log_every:
+                checkpoint(agent, run)
+            yield step, metrics
+
+
+def checkpoint(agent: Agent, run: Path) -> None:
+    """Write the state for resuming, then the deployable policy; on failure the former ones stay.
+
+    Raises:
+        TrainingError: if the disk is full or cannot be written.
+    """
+    (run / "checkpoint").mkdir(exist_ok=True)
+    try:
+        write_atomically(run / "checkpoint" / "state.pt", lambda path: torch.save(agent.state_dict(), path))
+        agent.policy().save(run)
+    except (OSError, RuntimeError) as error:
+        raise TrainingError(
+            f"the checkpoint in {run} could not be written ({error}); the former one is unharmed: free some space and "
+            "resume"
+        ) from error
+
+
+def restore(agent: Agent, run: Path) -> None:
+    """Continue `agent` from the run's checkpoint; only plain tensors and numbers are read.
+
+    Raises:
+        PolicyError: if the checkpoint is damaged or of another configuration.
+    """
+    path = run / "checkpoint" / "state.pt"
+    try:
+        agent.load_state_dict(torch.load(path, map_location=agent.device, weights_only=True))
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        first = str(error).splitlines()[0] if str(error) else repr(error)
+        raise PolicyError(f"{path} cannot be resumed ({first}); use the same arguments, or start in a new folder") from error
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(temporary path)`, then move the file to `path`; what was there stays until then."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop logged lines beyond the checkpoint, and one that a crash cut short."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+
+
+def fingerprint(episodes: Episodes) -> str:
+    """Return a short digest of the dataset: lengths, shapes, and rows spread over every array."""
+    digest = hashlib.sha256(np.asarray(episodes.length, dtype=np.int64).tobytes())
+    for name, array in sorted({**episodes.obs, "action": episodes.action, "reward": episodes.reward}.items()):
+        rows = np.unique(np.linspace(0, len(array) - 1, 4096).astype(np.int64))
+        digest.update(f"{name}{array.shape}".encode() + np.ascontiguousarray(array[rows]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same_dataset(before: str, now: str) -> None:
+    """Refuse to resume on other data.
+
+    Raises:
+        DatasetError: if the fingerprints differ.
+    """
+    if before != now:
+        raise DatasetError(f"the dataset's fingerprint is {now}, the run began with {before}; resume with the same data")
+
+
+def versions() -> dict[str, str]:
+    """Return what a result depends on besides the code."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "gymnasium": gymnasium.__version__,
+    }
