@@ -1,1 +1,42 @@
-"""diffpolicy: diffusion policies for reinforcement learning and robot control."""
+"""diffpolicy: diffusion policies for reinforcement learning and robot control.
+
+    import diffpolicy as dp
+    policy = dp.Policy.load("runs/maze")
+    action, state = policy.predict(obs, state, episode_start)
+"""
+
+from diffpolicy.agents.bc import Bc, BcConfig
+from diffpolicy.data.episodes import Episode, Episodes
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.sources import load
+from diffpolicy.data.spec import Spec
+from diffpolicy.data.store import save
+from diffpolicy.data.windows import Windows
+from diffpolicy.errors import DiffPolicyError
+from diffpolicy.evaluate import compare, evaluate
+from diffpolicy.parts import DenoiserConfig, SamplerConfig
+from diffpolicy.policy import Policy
+from diffpolicy.rollout import rollout
+from diffpolicy.train import TrainConfig, fit
+
+__version__ = "0.1.0"
+__all__ = [
+    "Bc",
+    "BcConfig",
+    "DenoiserConfig",
+    "DiffPolicyError",
+    "Episode",
+    "Episodes",
+    "Normalizer",
+    "Policy",
+    "SamplerConfig",
+    "Spec",
+    "TrainConfig",
+    "Windows",
+    "compare",
+    "evaluate",
+    "fit",
+    "load",
+    "rollout",
+    "save",
+]

@@ -12,12 +12,18 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from diffpolicy import pictures
 from diffpolicy import train as training
 from diffpolicy.agents.bc import BcConfig
+from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.sources import load
 from diffpolicy.data.spec import Spec
-from diffpolicy.errors import DiffPolicyError, PolicyError
-from diffpolicy.tables import AGENTS, Preset, get_task, prepare
+from diffpolicy.errors import DiffPolicyError, PolicyError, SpecError
+from diffpolicy.evaluate import compare as compare_reports
+from diffpolicy.evaluate import evaluate_progress, summarise
+from diffpolicy.policy import Policy
+from diffpolicy.rollout import record
+from diffpolicy.tables import AGENTS, Preset, Task, get_task, prepare
 from diffpolicy.train import TrainConfig
 
 console = Console(stderr=True)
@@ -134,7 +140,134 @@ def train(argv: Sequence[str]) -> None:
     print(f"policy: {args.out}\nlook:   tensorboard --logdir {args.out}")
 
 
-VERBS = {"train": train}
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """Play unseen seeds with a trained policy, and report with intervals."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or any folder with a saved policy."""
+    episodes: int = 100
+    """How many."""
+    seed: int = 100_000
+    """Of the first episode; the next has the next."""
+    task: str | None = None
+    """Name of a task; the run's own if not given."""
+    env: str | None = None
+    """Gymnasium id instead of the task's."""
+    env_kwargs: str = "{}"
+    """Arguments of gymnasium.make, JSON; with --env."""
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++2m"] | None = None
+    """Instead of the policy's own."""
+    steps: int | None = None
+    """Sampler steps, instead of the policy's own."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    out: Path | None = None
+    """Folder of the report; RUN/eval if not given."""
+    asynchronous: bool = False
+    """One process an environment."""
+    video: bool = True
+    """Film the first episode, where the renderer works."""
+
+
+def _task_of(args: EvaluateArgs) -> Task:
+    """Return the task to play: the named environment, the named task, or the run's own."""
+    if args.env is not None:
+        return Task(env_id=args.env, env_kwargs=_json_object(args.env_kwargs))
+    name = args.task
+    if name is None and (args.run / "config.json").exists():
+        name = read_config(args.run)["arguments"]["task"]
+    task = get_task(name)
+    if task is None:
+        raise PolicyError(f"{args.run} does not say which environment it is for; give --task or --env")
+    return task
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise SpecError(f"--env-kwargs is {text!r}; wanted a JSON object such as '{{\"continuing_task\": false}}'")
+    return value
+
+
+def load_policy(run: Path, device: str, sampler: str | None, steps: int | None) -> Policy:
+    """Load a policy, under another sampler where one is asked for."""
+    policy = Policy.load(run, training.resolve_device(device))
+    changes = {k: v for k, v in (("sampler", sampler), ("steps", steps)) if v is not None}
+    return policy.with_sampler(dataclasses.replace(policy.sampler_config, **changes)) if changes else policy
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Run `diffpolicy evaluate`."""
+    args = tyro.cli(EvaluateArgs, args=argv, prog="diffpolicy evaluate")
+    if args.episodes < 1:
+        raise SpecError(f"--episodes is {args.episodes}; give at least 1")
+    policy = load_policy(args.run, args.device, args.sampler, args.steps)
+    task = _task_of(args)
+    played = None
+    with progress_bar() as bar:
+        row = bar.add_task("evaluating", total=args.episodes)
+        for played in evaluate_progress(
+            policy, task.env_id, task.env_kwargs, args.episodes, args.seed, args.asynchronous
+        ):
+            bar.update(row, completed=played if isinstance(played, int) else args.episodes)
+    assert isinstance(played, Episodes)
+    success = task.success or next((name for name in ("success", "is_success") if name in played.info), None)
+    report = summarise(policy, played, training.versions(), success, task.score, task.reference)
+    out = args.out or args.run / "eval"
+    path = report.save(out)
+    pictures.evaluation(report.to_json(), played).savefig(out / "episodes.png", dpi=120)
+    print(report)
+    print(f"  report       {path}\n  picture      {out / 'episodes.png'}")
+    if args.video:
+        print(f"  video        {film(policy, task, args.seed, out / 'episode.mp4')}")
+
+
+def film(policy: Policy, task: Task, seed: int, path: Path) -> str:
+    """Film one episode; return the path, or why there is none."""
+    try:
+        frames, fps = record(policy, task.env_id, task.env_kwargs, seed)
+        pictures.save_video(path, frames, fps)
+    except Exception as error:  # renderers fail in many ways, none of which should cost the report
+        return f"none: {str(error).splitlines()[0] if str(error) else repr(error)}"
+    return str(path)
+
+
+@dataclass(frozen=True)
+class CompareArgs:
+    """Compare two evaluated runs, pair by pair over the same seeds."""
+
+    a: tyro.conf.Positional[Path]
+    """Run folder, or a report.json."""
+    b: tyro.conf.Positional[Path]
+    """Run folder, or a report.json."""
+    out: Path | None = None
+    """Picture of the differences, a PNG file."""
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    path = path if path.suffix == ".json" else path / "eval" / "report.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise PolicyError(f"there is no {path}; run diffpolicy evaluate first") from error
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path} cannot be read ({error}); run diffpolicy evaluate again") from error
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Run `diffpolicy compare`."""
+    args = tyro.cli(CompareArgs, args=argv, prog="diffpolicy compare")
+    rows = compare_reports(_read_report(args.a), _read_report(args.b))
+    print(*rows, sep="\n")
+    if args.out is not None:
+        pictures.comparison(rows, (args.a.name, args.b.name)).savefig(args.out, dpi=120)
+
+
+VERBS = {"train": train, "evaluate": evaluate, "compare": compare}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ reset is not recorded, nor is its action used.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -67,7 +68,10 @@ def make_envs(
     """Return N copies of an environment that reset only when told (`AutoresetMode.DISABLED`)."""
     makers = [lambda: wrapper(make_env(env_id, **(env_kwargs or {})))] * n
     kind = AsyncVectorEnv if asynchronous else SyncVectorEnv
-    return kind(makers, autoreset_mode=AutoresetMode.DISABLED)
+    envs = kind(makers, autoreset_mode=AutoresetMode.DISABLED)
+    envs.spec = deepcopy(gymnasium.spec(env_id))
+    envs.spec.kwargs.update(env_kwargs or {})
+    return envs
 
 
 @dataclass
@@ -136,6 +140,28 @@ def rollout(actor: Actor, envs: VectorEnv, episodes: int, seed: int, determinist
     """Play `episodes` episodes and return them in the order of their seeds."""
     played = dict(play(actor, envs, episodes, seed, deterministic))
     return from_list([played[k] for k in range(episodes)], meta=provenance(envs, seed))
+
+
+def record(
+    actor: Actor, env_id: str, env_kwargs: Mapping[str, Any] | None, seed: int
+) -> tuple[list[np.ndarray], float]:
+    """Film one episode: RGB frames `(H, W, 3)`, and frames a second."""
+    env = make_env(env_id, **{**(env_kwargs or {}), "render_mode": "rgb_array"})
+    try:
+        obs, _ = env.reset(seed=seed)
+        frames, state, start, ended = [_frame(env)], None, np.ones(1, dtype=bool), False
+        while not ended:
+            action, state = actor.predict(obs, state=state, episode_start=start)
+            obs, _, terminated, truncated, _ = env.step(action)
+            frames.append(_frame(env))
+            start, ended = np.zeros(1, dtype=bool), terminated or truncated
+        return frames, float(env.metadata.get("render_fps") or 20)
+    finally:
+        env.close()
+
+
+def _frame(env: gymnasium.Env) -> np.ndarray:
+    return np.asarray(env.render())
 
 
 def provenance(envs: VectorEnv, seed: int) -> dict[str, Any]:

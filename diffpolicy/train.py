@@ -115,7 +115,8 @@ class Order:
 
     def _shuffled(self, epoch: int) -> torch.Tensor:
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+            # The CPU generator reads 32 bits of its seed, so the two are mixed within them.
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
             self.epoch, self.permutation = epoch, torch.randperm(self.n, generator=generator)
         return self.permutation
 

@@ -1,0 +1,299 @@
+"""Evaluation: episodes to a report with 95 % intervals; two reports to a paired comparison.
+
+A success rate has a Wilson interval, a mean a percentile bootstrap one. Episode `k` of every evaluation is reset with
+seed `seed + k` and gets the same noise, so two policies are compared pair by pair: what is left is their difference.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffpolicy.data.episodes import Episodes, from_list
+from diffpolicy.errors import DatasetError, SpecError
+from diffpolicy.policy import Policy
+from diffpolicy.rollout import Actor, make_envs, play, provenance
+
+RESAMPLES = 10_000
+PARALLEL = 32
+LATENCY_PLANS = 30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean or rate with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Return `value [low, high]`."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def wilson(successes: int, n: int) -> Estimate:
+    """Rate with its Wilson score interval (Wilson 1927), which stays sensible at 0 and 1."""
+    z, rate = 1.959964, successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return Estimate(rate, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)))
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of `(n,)` with its percentile bootstrap interval (10,000 resamples)."""
+    values = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+@cache
+def reference_scores() -> Mapping[str, Any]:
+    """D4RL's reference returns by dataset name, with their source."""
+    return json.loads((files("diffpolicy.data") / "ref_scores.json").read_text())["envs"]
+
+
+def d4rl_score(returns: np.ndarray, name: str) -> np.ndarray:
+    """Return `100 (return - ref_min) / (ref_max - ref_min)`, D4RL's normalised score.
+
+    Raises:
+        SpecError: if D4RL has no reference scores of that name.
+    """
+    entry = reference_scores().get(name)
+    if entry is None or entry["ref_min"] is None:
+        raise SpecError(f"D4RL has no reference scores for {name!r}; give a name such as hopper-medium-v2, or no score")
+    low, high = entry["ref_min"], entry["ref_max"]
+    return 100 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One number an episode: `returns (E,)`, `success (E,)` or None, `score (E,)` or None."""
+
+    returns: np.ndarray
+    success: np.ndarray | None
+    score: np.ndarray | None
+
+
+def max_reward(episodes: Episodes) -> np.ndarray:
+    """Largest reward of each episode, `(E,)`."""
+    return np.maximum.reduceat(np.asarray(episodes.reward, dtype=np.float64), episodes.start)
+
+
+def outcomes(episodes: Episodes, success: str | None, score: str | None, reference: str | None) -> Outcomes:
+    """Reduce episodes to one number each.
+
+    Args:
+        episodes: what was played.
+        success: name of the `info` value that is 1 at some step of a successful episode.
+        score: `max_reward`, `d4rl`, or None.
+        reference: name of D4RL's reference scores.
+
+    Raises:
+        DatasetError: if the episodes have no such `info` value.
+    """
+    if success is not None and success not in episodes.info:
+        raise DatasetError(f"the environment reports {sorted(episodes.info)} and no {success!r}; name its success value")
+    won = None if success is None else np.maximum.reduceat(episodes.info[success], episodes.start) > 0
+    scores = {
+        "max_reward": lambda: max_reward(episodes),
+        "d4rl": lambda: d4rl_score(episodes.returns, reference or ""),
+    }
+    return Outcomes(episodes.returns, won, scores[score]() if score else None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report.json` holds; intervals are 95 %."""
+
+    env_id: str
+    env_kwargs: Mapping[str, Any]
+    episodes: int
+    seeds: tuple[int, int]
+    success_rule: str | None
+    returns: Estimate
+    success: Estimate | None
+    score: Estimate | None
+    score_kind: str | None
+    length: float
+    plan_ms: Mapping[str, float]
+    sampler: str
+    nfe: int
+    device: str
+    versions: Mapping[str, str]
+    by_episode: Mapping[str, list[float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        values = asdict(self)
+        named = {"return": values.pop("returns"), **values}
+        for key, inner in (("return", "mean"), ("success", "rate"), ("score", "mean")):
+            e = named[key]
+            named[key] = None if e is None else {inner: e["value"], "ci95": [e["low"], e["high"]]}
+        if named["score"] is not None:
+            named["score"]["kind"] = named["score_kind"]
+        del named["score_kind"]
+        return named
+
+    def save(self, folder: Path) -> Path:
+        """Write `report.json` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "report.json"
+        path.write_text(json.dumps(self.to_json(), indent=1))
+        return path
+
+    def __str__(self) -> str:
+        """Return the report as a person reads it."""
+        rows = [
+            ("environment", f"{self.env_id} {dict(self.env_kwargs) or ''}"),
+            ("episodes", f"{self.episodes}, seeds {self.seeds[0]} to {self.seeds[1]}"),
+            ("return", str(self.returns)),
+            ("success", f"{self.success}  ({self.success_rule})" if self.success else "not defined for this task"),
+            *([("score", f"{self.score}  ({self.score_kind})")] if self.score else []),
+            ("length", f"{self.length:.1f} steps"),
+            ("sampler", f"{self.sampler}, {self.nfe} network evaluations on {self.device}"),
+            ("plan", f"p50 {self.plan_ms['p50']:.1f} ms, p99 {self.plan_ms['p99']:.1f} ms at batch 1"),
+        ]
+        return "\n".join(f"  {name:<12} {value}" for name, value in rows)
+
+
+def plan_latency(policy: Policy) -> dict[str, float]:
+    """Milliseconds of one `plan` at batch 1, the transfer back included: p50 and p99 of 30 after 3 for warming up."""
+    history = {
+        name: torch.zeros(1, policy.spec.n_obs_steps, *shape, device=policy.device)
+        for name, shape in policy.spec.obs_shapes.items()
+    }
+    noise = torch.zeros(policy.planner.draws, 1, policy.spec.horizon, policy.spec.action_dim, device=policy.device)
+    seconds = []
+    for _ in range(LATENCY_PLANS + 3):
+        begin = time.perf_counter()
+        policy.plan(history, noise).cpu()
+        seconds.append(time.perf_counter() - begin)
+    p50, p99 = np.percentile(np.array(seconds[3:]) * 1e3, [50, 99])
+    return {"p50": float(p50), "p99": float(p99)}
+
+
+def evaluate_progress(
+    actor: Actor,
+    env_id: str,
+    env_kwargs: Mapping[str, Any] | None = None,
+    episodes: int = 100,
+    seed: int = 100_000,
+    asynchronous: bool = False,
+) -> Iterator[int | Episodes]:
+    """Yield the number of episodes done after each, and at last all of them in the order of their seeds."""
+    envs = make_envs(env_id, min(episodes, PARALLEL), env_kwargs, asynchronous)
+    try:
+        if isinstance(actor, Policy):
+            actor.check_spaces(envs.single_observation_space, envs.single_action_space)
+        played = {}
+        for k, episode in play(actor, envs, episodes, seed):
+            played[k] = episode
+            yield len(played)
+        yield from_list([played[k] for k in range(episodes)], meta=provenance(envs, seed))
+    finally:
+        envs.close()
+
+
+def summarise(
+    actor: Actor,
+    episodes: Episodes,
+    versions: Mapping[str, str],
+    success: str | None = None,
+    score: str | None = None,
+    reference: str | None = None,
+) -> Report:
+    """Reduce played episodes to a report; see `outcomes` for the arguments."""
+    found = outcomes(episodes, success, score, reference)
+    policy = actor if isinstance(actor, Policy) else None
+    sampler = policy.sampler_config if policy else None
+    by_episode = {"return": found.returns, "success": found.success, "score": found.score}
+    return Report(
+        env_id=episodes.meta["env_id"],
+        env_kwargs=episodes.meta["env_kwargs"],
+        episodes=len(episodes),
+        seeds=(episodes.meta["seed"], episodes.meta["seed"] + len(episodes) - 1),
+        success_rule=None if success is None else f"info[{success!r}] at any step",
+        returns=bootstrap(found.returns),
+        success=None if found.success is None else wilson(int(found.success.sum()), len(episodes)),
+        score=None if found.score is None else bootstrap(found.score),
+        score_kind=f"d4rl {reference}" if score == "d4rl" else score,
+        length=float(np.mean(episodes.length)),
+        plan_ms=plan_latency(policy) if policy else {"p50": 0.0, "p99": 0.0},
+        sampler=f"{sampler.sampler} {sampler.steps}" if sampler else type(actor).__name__,
+        nfe=policy.planner.evaluations if policy else 0,
+        device=str(policy.device) if policy else "cpu",
+        versions=versions,
+        by_episode={k: [float(x) for x in v] for k, v in by_episode.items() if v is not None},
+    )
+
+
+def evaluate(
+    actor: Actor,
+    env_id: str,
+    env_kwargs: Mapping[str, Any] | None = None,
+    episodes: int = 100,
+    seed: int = 100_000,
+    success: str | None = None,
+    score: str | None = None,
+    reference: str | None = None,
+) -> Report:
+    """Play episodes on seeds `seed, seed + 1, ...` and report.
+
+    Args:
+        actor: a `Policy`, or anything with `predict`.
+        env_id: Gymnasium id.
+        env_kwargs: arguments of `gymnasium.make`.
+        episodes: how many.
+        seed: of the first episode.
+        success: name of the `info` value that says success; `success` or `is_success` where the environment has one.
+        score: `max_reward`, `d4rl` or None.
+        reference: name of D4RL's reference scores.
+
+    Raises:
+        PolicyError: if the policy's sizes differ from the environment's.
+    """
+    *_, played = evaluate_progress(actor, env_id, env_kwargs, episodes, seed)
+    assert isinstance(played, Episodes)
+    if success is None:
+        success = next((name for name in ("success", "is_success") if name in played.info), None)
+    return summarise(actor, played, {"torch": str(torch.__version__)}, success, score, reference)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired difference `b - a` of one number an episode, over the same seeds."""
+
+    name: str
+    a: float
+    b: float
+    difference: Estimate
+
+    def __str__(self) -> str:
+        """Return one line."""
+        decided = "a difference" if self.difference.low > 0 or self.difference.high < 0 else "no decided difference"
+        return f"  {self.name:<8} {self.a:.3f} -> {self.b:.3f}   difference {self.difference}   {decided}"
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Comparison]:
+    """Compare two `report.json` pair by pair: bootstrap interval of the mean difference over the same seeds.
+
+    Raises:
+        DatasetError: if environment, arguments or seeds differ.
+    """
+    for key in ("env_id", "env_kwargs", "seeds"):
+        if a[key] != b[key]:
+            raise DatasetError(f"the reports differ in {key}: {a[key]} and {b[key]}; evaluate both on the same seeds")
+    return [
+        Comparison(name, float(np.mean(x)), float(np.mean(y)), bootstrap(np.asarray(y) - np.asarray(x)))
+        for name, x in a["by_episode"].items()
+        if (y := b["by_episode"].get(name)) is not None
+    ]

@@ -1,0 +1,251 @@
+"""Policy: its protocol, its state, its files."""
+
+import json
+import pickle
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from diffpolicy.data.episodes import Episode, from_list
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.spec import Spec
+from diffpolicy.errors import PolicyError
+from diffpolicy.parts import SAMPLERS, DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
+from diffpolicy.policy import Policy
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+FORMATS = sorted((Path(__file__).parent / "fixtures").glob("policy_format_*"))
+
+
+def make_policy(device: str = "cpu", sampler: str = "ddim", steps: int = 4, seed: int = 0) -> Policy:
+    """An untrained policy of two named observations; its weights depend on the seed only."""
+    rng = np.random.default_rng(0)
+    episode = Episode(
+        obs={"pose": rng.normal(size=(31, 3)).astype(np.float32), "goal": rng.normal(size=(31, 2)).astype(np.float32)},
+        action=rng.uniform(-2, 5, size=(30, 2)).astype(np.float32),
+        reward=np.zeros(30, dtype=np.float32),
+        terminated=False,
+        truncated=True,
+    )
+    episodes = from_list([episode])
+    spec = Spec.from_episodes(episodes, horizon=8, n_obs_steps=2, n_action_steps=3)
+    normalizer = Normalizer.fit(episodes, {"pose": ("limits", "limits", "angle")})
+    config = DenoiserConfig(down_dims=(16, 32), kernel_size=3, step_embed_dim=16, prediction="v_prediction")
+    torch.manual_seed(0)
+    denoiser = make_denoiser(config, spec, normalizer)
+    policy = Policy(
+        spec, normalizer, make_encoder(spec), denoiser, config, SamplerConfig(sampler, steps), seed
+    )
+    return policy.to(device)
+
+
+def observe(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+    return {"pose": rng.normal(size=(n, 3)), "goal": rng.normal(size=(n, 2))}
+
+
+def row(obs: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
+    return {name: array[i] for name, array in obs.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_plan_is_a_function_of_its_arguments_under_every_sampler(device, sampler):
+    policy = make_policy(device, sampler)
+    rng = np.random.default_rng(1)
+    history = {k: torch.from_numpy(rng.normal(size=(5, 2, d))).float().to(device) for k, d in (("pose", 3), ("goal", 2))}
+    noise = torch.randn(policy.planner.draws, 5, 8, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    first, second = policy.plan(history, noise), policy.plan(history, noise)
+    assert torch.equal(first, second)
+    low, high = policy.normalizer["action"].minimum, policy.normalizer["action"].maximum
+    assert bool(((first >= low - 1e-4) & (first <= high + 1e-4)).all())
+    assert not torch.equal(first, policy.plan(history, noise.flip(1)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_of_3_acts_as_3_single_environments(device):
+    policy = make_policy(device)
+    rng = np.random.default_rng(2)
+    steps = [observe(rng, 3) for _ in range(7)]
+    state, batch_actions = None, []
+    for i, obs in enumerate(steps):
+        action, state = policy.predict(obs, state, np.full(3, i == 0))
+        batch_actions.append(action)
+    for env in range(3):
+        state = None
+        # Alone, environment 1 of 3 plays what environment 0 of 1 plays as its episode number 1.
+        for _ in range(env):
+            _, state = policy.predict(row(steps[0], env), state, np.array([True]))
+        for i, obs in enumerate(steps):
+            action, state = policy.predict(row(obs, env), state, np.array([i == 0]))
+            np.testing.assert_allclose(action, batch_actions[i][env], rtol=0, atol=2e-5)
+
+
+def test_resetting_one_environment_touches_no_other():
+    policy = make_policy()
+    rng = np.random.default_rng(3)
+    steps = [observe(rng, 2) for _ in range(8)]
+    runs = []
+    for reset_at in (None, 4):
+        state, actions = None, []
+        for i, obs in enumerate(steps):
+            action, state = policy.predict(obs, state, np.array([i == 0, i in (0, reset_at)]))
+            actions.append(action)
+        runs.append(np.array(actions))
+    np.testing.assert_allclose(runs[0][:, 0], runs[1][:, 0], rtol=0, atol=2e-5)  # batches of 1 and 2 round apart
+    np.testing.assert_array_equal(runs[0][:4, 1], runs[1][:4, 1])
+    assert np.abs(runs[0][4:, 1] - runs[1][4:, 1]).max() > 0.1
+
+
+def test_the_state_is_a_value_that_predict_never_changes():
+    policy = make_policy()
+    rng = np.random.default_rng(4)
+    _, state = policy.predict(observe(rng, 2))
+    obs = observe(rng, 2)
+    first, _ = policy.predict(obs, state)
+    second, _ = policy.predict(obs, state)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_executed_actions_are_chunk_indices_1_to_3_of_the_plan_for_the_current_step():
+    policy = make_policy()
+    rng = np.random.default_rng(5)
+    a, b = observe(rng, 1), observe(rng, 1)
+    _, state = policy.predict(a)
+    noise = torch.from_numpy(
+        np.random.default_rng([0, 0, 0]).standard_normal((1, 8, 2), dtype=np.float32)[:, None]
+    )
+    history = {k: torch.from_numpy(np.stack([a[k], a[k]], axis=1)).float() for k in a}
+    np.testing.assert_allclose(state.chunk[0], policy.plan(history, noise)[0, 1:4], atol=1e-6)
+    state_after = state
+    for _ in range(3):
+        _, state_after = policy.predict(b, state_after)
+    noise = torch.from_numpy(
+        np.random.default_rng([0, 0, 1]).standard_normal((1, 8, 2), dtype=np.float32)[:, None]
+    )
+    history = {k: torch.from_numpy(np.stack([b[k], b[k]], axis=1)).float() for k in a}
+    np.testing.assert_allclose(state_after.chunk[0], policy.plan(history, noise)[0, 1:4], atol=1e-6)
+
+
+def test_only_environments_that_need_a_plan_are_planned():
+    policy = make_policy()
+    sizes = []
+    plan = policy.plan
+    policy.plan = lambda history, noise: (sizes.append(noise.shape[1]), plan(history, noise))[1]
+    rng = np.random.default_rng(6)
+    state = None
+    for i in range(6):
+        _, state = policy.predict(observe(rng, 4), state, np.array([i == 0, i == 0, i == 0, i in (0, 2)]))
+    assert sizes == [4, 1, 3, 1]
+
+
+def test_deterministic_repeats_and_stochastic_does_not():
+    policy = make_policy()
+    obs = observe(np.random.default_rng(7), 2)
+    again = [policy.predict(obs)[0] for _ in range(2)]
+    fresh = [policy.predict(obs, deterministic=False)[0] for _ in range(2)]
+    np.testing.assert_array_equal(*again)
+    assert not np.array_equal(*fresh)
+    assert not np.array_equal(again[0][0], again[0][1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_saved_policy_acts_the_same(tmp_path, device):
+    policy = make_policy(device, "dpm++2m", 5, seed=3)
+    loaded = Policy.load(policy.save(tmp_path / "p"), device)
+    obs = observe(np.random.default_rng(8), 3)
+    np.testing.assert_array_equal(policy.predict(obs)[0], loaded.predict(obs)[0])
+    assert loaded.sampler_config == SamplerConfig("dpm++2m", 5)
+    assert loaded.spec == policy.spec
+
+
+@pytest.mark.parametrize("folder", FORMATS, ids=lambda f: f.name)
+def test_policies_of_every_former_format_still_act_as_they_did(folder):
+    wanted = json.loads((folder / "actions.json").read_text())
+    policy = Policy.load(folder)
+    action, _ = policy.predict({name: np.array(value) for name, value in wanted["obs"].items()})
+    np.testing.assert_allclose(action, wanted["action"], atol=1e-4)
+
+
+def test_there_is_a_fixture_of_the_current_format():
+    from diffpolicy.policy import FORMAT
+
+    assert f"policy_format_{FORMAT}" in [f.name for f in FORMATS]
+
+
+def damage(folder: Path, what: str) -> None:
+    weights, description = folder / "policy.safetensors", folder / "policy.json"
+    if what == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "pickle":
+        weights.write_bytes(pickle.dumps({"weights": [1, 2]}))
+    elif what == "torch pickle":
+        torch.save({"weights": torch.zeros(2)}, weights)
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "no description":
+        description.unlink()
+    elif what == "description cut":
+        description.write_text(description.read_text()[:40])
+    elif what == "no normalizer":
+        values = json.loads(description.read_text())
+        del values["normalizer"]
+        description.write_text(json.dumps(values))
+    elif what == "newer":
+        description.write_text(json.dumps({**json.loads(description.read_text()), "format": 999}))
+    elif what == "unknown sampler":
+        values = json.loads(description.read_text())
+        values["sampler"]["sampler"] = "magic"
+        description.write_text(json.dumps(values))
+    elif what == "other sizes":
+        values = json.loads(description.read_text())
+        values["denoiser"]["down_dims"] = [8, 16]
+        description.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("cut short", "cut short"),
+        ("pickle", "pickle"),
+        ("torch pickle", "pickle"),
+        ("no weights", "there is no"),
+        ("no description", "policy.json is missing"),
+        ("description cut", "cannot be read"),
+        ("no normalizer", "does not describe a policy"),
+        ("newer", "update diffpolicy"),
+        ("unknown sampler", "wanted one of"),
+        ("other sizes", "does not fit"),
+    ],
+)
+def test_a_damaged_policy_is_refused_in_one_sentence(tmp_path, what, words):
+    folder = make_policy().save(tmp_path / "p")
+    damage(folder, what)
+    with pytest.raises(ValueError, match=words) as error:
+        Policy.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_observations_are_refused_in_one_sentence():
+    policy = make_policy()
+    good = observe(np.random.default_rng(0), 2)
+    for bad, words in (
+        ({"pose": good["pose"]}, "the policy needs"),
+        ({**good, "goal": np.zeros((2, 5))}, "has shape"),
+        ({**good, "goal": np.full((2, 2), np.nan)}, "not finite"),
+        (np.zeros((2, 5)), "the policy needs"),
+    ):
+        with pytest.raises(PolicyError, match=words):
+            policy.predict(bad)
+
+
+def test_spaces_of_another_environment_are_refused():
+    policy, box = make_policy(), gymnasium.spaces.Box
+    action = box(-1, 1, (2,))
+    good = gymnasium.spaces.Dict({"pose": box(-1, 1, (3,)), "goal": box(-1, 1, (2,))})
+    policy.check_spaces(good, action)
+    with pytest.raises(PolicyError, match="trained on"):
+        policy.check_spaces(box(-1, 1, (5,)), action)
+    with pytest.raises(PolicyError, match="takes actions"):
+        policy.check_spaces(good, box(-1, 1, (3,)))

@@ -1,0 +1,154 @@
+"""Training: exact resuming, determinism, honest failure, and learning what is known."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffpolicy.agents.bc import Bc, BcConfig
+from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.spec import Spec
+from diffpolicy.data.windows import Windows
+from diffpolicy.errors import PolicyError, TrainingError
+from diffpolicy.parts import DenoiserConfig, SamplerConfig
+from diffpolicy.train import Order, TrainConfig, fit, train
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+TINY = DenoiserConfig(down_dims=(16, 32), kernel_size=3, step_embed_dim=16)
+
+
+def make_episodes(seed: int = 0, count: int = 6, steps: int = 20) -> Episodes:
+    """Action = a linear map of the observation."""
+    rng = np.random.default_rng(seed)
+    episodes = []
+    for _ in range(count):
+        obs = rng.uniform(-1, 1, size=(steps + 1, 2)).astype(np.float32)
+        action = obs[:-1] @ np.array([[0.5, -1.0], [0.25, 0.5]], dtype=np.float32)
+        episodes.append(Episode({"obs": obs}, action, np.zeros(steps, np.float32), False, True))
+    return from_list(episodes)
+
+
+def make_agent(episodes: Episodes, steps: int, device: str = "cpu", config: BcConfig | None = None) -> Bc:
+    spec = Spec.from_episodes(episodes, horizon=4, n_obs_steps=1, n_action_steps=2)
+    return Bc(spec, Normalizer.fit(episodes), config or BcConfig(TINY), steps, device, seed=0)
+
+
+def run(agent: Bc, episodes: Episodes, config: TrainConfig, folder, stop: int | None = None) -> None:
+    for step, _ in train(agent, episodes, config, folder, {}):
+        if step == stop:
+            return
+
+
+def test_train_40_equals_train_20_and_resume_20_to_the_bit(tmp_path):
+    episodes = make_episodes()
+    config = TrainConfig(steps=40, batch_size=16, log_every=10, validate_every=20, checkpoint_every=20)
+    run(make_agent(episodes, 40), episodes, config, tmp_path / "whole")
+    run(make_agent(episodes, 40), episodes, config, tmp_path / "parts", stop=20)
+    run(make_agent(episodes, 40), episodes, config, tmp_path / "parts")
+    whole, parts = (
+        torch.load(tmp_path / name / "checkpoint" / "state.pt", weights_only=True) for name in ("whole", "parts")
+    )
+    assert whole["step"] == parts["step"] == 40
+    assert whole["ema"]["updates"] == parts["ema"]["updates"] == 40
+    for key in ("model", "ema", "optimizer", "generator"):
+        assert repr_tensors(whole[key]) == repr_tensors(parts[key])
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    for a, b in zip(*lines, strict=True):
+        assert {k: v for k, v in a.items() if k != "samples_per_s"} == {
+            k: v for k, v in b.items() if k != "samples_per_s"
+        }
+
+
+def repr_tensors(value: object) -> object:
+    """Nested containers with tensors as bytes, which compare exactly."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu().numpy().tobytes()
+    if isinstance(value, dict):
+        return {k: repr_tensors(v) for k, v in value.items()}
+    return [repr_tensors(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow"])
+def test_every_prediction_learns_a_linear_policy_to_an_error_of_0_1(device, prediction):
+    torch.manual_seed(0)
+    episodes = make_episodes(count=20)
+    denoiser = DenoiserConfig(network="mlp", hidden_dim=64, depth=2, step_embed_dim=16, prediction=prediction)
+    config = BcConfig(denoiser, SamplerConfig("ddim", 10), learning_rate=3e-3, warmup_steps=50)
+    spec = Spec.from_episodes(episodes, horizon=1, n_obs_steps=1, n_action_steps=1)
+    agent = Bc(spec, Normalizer.fit(episodes), config, 600, device)
+    for _ in fit(agent, Windows(episodes, spec, device=device), TrainConfig(steps=600, batch_size=128)):
+        pass
+    held_out = make_episodes(seed=1)
+    obs = np.concatenate([held_out[i].obs["obs"][:-1] for i in range(len(held_out))])
+    action, _ = agent.policy().predict(obs)
+    assert np.abs(action - held_out.action).mean() < 0.1
+
+
+def test_each_epoch_shows_every_window_once_and_orders_differ():
+    order = Order(n=50, batch_size=8, seed=0)
+    seen = torch.cat([order(step) for step in range(50)])
+    for epoch in range(8):
+        assert sorted(seen[epoch * 50 : (epoch + 1) * 50].tolist()) == list(range(50))
+    assert not torch.equal(seen[:50], seen[50:100])
+    assert torch.equal(Order(50, 8, 0)(31), order(31))
+    assert not torch.equal(Order(50, 8, 1)(31), order(31))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_its_batch(tmp_path):
+    episodes = make_episodes()
+    agent = make_agent(episodes, 10)
+    with torch.no_grad():
+        next(agent.model.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="not a number at step 1"):
+        list(fit(agent, Windows(episodes, agent.spec), TrainConfig(steps=10, batch_size=8), tmp_path))
+    with np.load(tmp_path / "nan_batch.npz", allow_pickle=False) as batch:
+        assert batch["action"].shape == (8, 4, 2)
+        assert batch["obs.obs"].shape == (8, 1, 2)
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_one_sentence(tmp_path):
+    episodes = make_episodes()
+    config = TrainConfig(steps=2, batch_size=8)
+    run(make_agent(episodes, 2), episodes, config, tmp_path)
+    other = make_agent(episodes, 2, config=BcConfig(DenoiserConfig(down_dims=(8, 16), kernel_size=3)))
+    with pytest.raises(PolicyError, match="cannot be resumed") as error:
+        run(other, episodes, config, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_padded_actions_do_not_count_in_the_loss():
+    episodes = make_episodes(count=1, steps=3)
+    agent = make_agent(episodes, 10)
+    batch = agent.normalizer.encode(Windows(episodes, agent.spec).gather(torch.tensor([2])))
+    assert batch.valid.tolist() == [[True, False, False, False]]
+    total = agent.loss(agent.model, batch, seeded()).item()
+    t = 1 - 0.995 * torch.rand(1, generator=after_permutation(seeded()))
+    eps = torch.randn(batch.action.shape, generator=advanced(seeded()))
+    elementwise = agent.denoiser.loss(batch.action, t, eps, agent.encoder(batch.obs))
+    assert total == pytest.approx(elementwise[0, 0].mean().item(), rel=1e-5)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def after_permutation(generator: torch.Generator) -> torch.Generator:
+    torch.randperm(1, generator=generator)
+    return generator
+
+
+def advanced(generator: torch.Generator) -> torch.Generator:
+    torch.rand(1, generator=after_permutation(generator))
+    return generator
+
+
+def test_learning_rate_warms_up_to_its_peak_and_ends_at_zero():
+    agent = make_agent(make_episodes(), 1000, config=BcConfig(TINY, learning_rate=1.0, warmup_steps=100))
+    assert [agent.learning_rate(s) for s in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1.0, 1.0])
+    assert agent.learning_rate(550) == pytest.approx(0.5)
+    assert agent.learning_rate(1000) == pytest.approx(0.0)
