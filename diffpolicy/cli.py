@@ -8,22 +8,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
+import gymnasium
 import tyro
+from diffpolicy_envs import EnvsError, load_sb3_agent
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffpolicy import pictures
 from diffpolicy import train as training
 from diffpolicy.agents.bc import BcConfig
-from diffpolicy.data.episodes import Episodes
+from diffpolicy.data import store
+from diffpolicy.data.episodes import Episodes, from_list
 from diffpolicy.data.sources import load
 from diffpolicy.data.spec import Spec
-from diffpolicy.errors import DiffPolicyError, PolicyError, SpecError
+from diffpolicy.errors import DatasetError, DiffPolicyError, PolicyError, SpecError
 from diffpolicy.evaluate import compare as compare_reports
-from diffpolicy.evaluate import evaluate_progress, summarise
+from diffpolicy.evaluate import PARALLEL, evaluate_progress, outcomes, summarise
 from diffpolicy.policy import Policy
-from diffpolicy.rollout import record
-from diffpolicy.tables import AGENTS, Preset, Task, get_task, prepare
+from diffpolicy.rollout import play, provenance, record
+from diffpolicy.tables import AGENTS, Preset, Task, demonstrators, get_task, noisy_envs, prepare
 from diffpolicy.train import TrainConfig
 
 console = Console(stderr=True)
@@ -36,6 +39,68 @@ def progress_bar() -> Progress:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(), console=console,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CollectArgs:
+    """Record demonstrations of an expert as a dataset."""
+
+    out: Path
+    """Folder of the dataset, written whole at the end."""
+    task: str | None = None
+    """Name of a task."""
+    env: str | None = None
+    """Gymnasium id instead of a task; with --sb3-agent."""
+    episodes: int = 200
+    """How many."""
+    seed: int = 0
+    """Of the first episode; the next has the next."""
+    noise: float | None = None
+    """Standard deviation of the noise on the executed action (the clean one is recorded); the task's own if not given."""
+    noise_correlation: float | None = None
+    """Of that noise from one step to the next, 0 to 1; the task's own if not given."""
+    sb3_agent: Path | None = None
+    """Folder or zip of a stable-baselines3 agent that acts instead of the task's expert."""
+    trust_pickle: bool = False
+    """Allow --sb3-agent to unpickle, which can execute code: only for files you trust."""
+
+
+def collect(argv: Sequence[str]) -> None:
+    """Run `diffpolicy collect`."""
+    args = tyro.cli(CollectArgs, args=argv, prog="diffpolicy collect")
+    task = Task(env_id=args.env) if args.env else get_task(args.task)
+    if task is None:
+        raise SpecError("collect was given neither --task nor --env; name what to play")
+    if args.episodes < 1:
+        raise DatasetError(f"--episodes is {args.episodes}; give at least 1")
+    if args.out.exists() and not store.is_store(args.out):
+        raise DatasetError(f"{args.out} exists and is not a dataset of ours; give another path or remove it")
+    noise = (
+        task.noise[0] if args.noise is None else args.noise,
+        task.noise[1] if args.noise_correlation is None else args.noise_correlation,
+    )
+    n = min(args.episodes, PARALLEL)
+    if args.sb3_agent is not None:
+        actor, envs = load_sb3_agent(args.sb3_agent, trust_pickle=args.trust_pickle), noisy_envs(task, n, noise)
+    else:
+        actor, envs = demonstrators(task, n, noise)
+    played = {}
+    with progress_bar() as bar:
+        row = bar.add_task("collecting", total=args.episodes)
+        for k, episode in play(actor, envs, args.episodes, args.seed):
+            played[k] = episode
+            bar.update(row, completed=len(played))
+    meta = {
+        **provenance(envs, args.seed),
+        "actor": str(args.sb3_agent or type(actor).__name__),
+        "noise": {"std": noise[0], "correlation": noise[1]},
+        "versions": training.versions(),
+    }
+    episodes = from_list([played[k] for k in range(args.episodes)], meta=meta)
+    envs.close()
+    store.save(episodes, args.out)
+    success = "" if task.success is None else f", success {float(outcomes(episodes, task.success, None, None).success.mean()):.3f}"
+    print(f"{len(episodes)} episodes, {episodes.steps} steps, mean return {episodes.returns.mean():.2f}{success}: {args.out}")
 
 
 @dataclass(frozen=True)
@@ -267,7 +332,7 @@ def compare(argv: Sequence[str]) -> None:
         pictures.comparison(rows, (args.a.name, args.b.name)).savefig(args.out, dpi=120)
 
 
-VERBS = {"train": train, "evaluate": evaluate, "compare": compare}
+VERBS = {"collect": collect, "train": train, "evaluate": evaluate, "compare": compare}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,9 +341,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in VERBS:
         print(f"usage: diffpolicy {{{','.join(VERBS)}}} ...   (each with --help)", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # the packages of tasks warn about tasks nobody asked for
     try:
         VERBS[argv[0]](argv[1:])
-    except DiffPolicyError as error:
+    except (DiffPolicyError, EnvsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ class Actor(Protocol):
     """Anything that acts: stable-baselines3's models, our `Policy`, scripted experts."""
 
     def predict(
-        self, obs: Any, state: Any = None, episode_start: np.ndarray | None = None, deterministic: bool = True
+        self, obs: Any, /, state: Any = None, episode_start: np.ndarray | None = None, deterministic: bool = True
     ) -> tuple[np.ndarray, Any]:
         """Return actions for a batch of observations, and the state for the next call."""
         ...

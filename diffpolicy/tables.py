@@ -5,10 +5,12 @@ and a preset that is known to work. Only this module and the command line import
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import gymnasium
 import torch
+from diffpolicy_envs import ActionNoise, DetourExpert, PointMazeExpert
 
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.data.episodes import Episodes
@@ -16,8 +18,10 @@ from diffpolicy.data.normalizer import Kinds, Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import SpecError
 from diffpolicy.parts import DenoiserConfig
+from diffpolicy.rollout import Actor, make_env, make_envs
 from diffpolicy.train import TrainConfig
 
+TINY = DenoiserConfig(down_dims=(32, 64, 128), kernel_size=3, step_embed_dim=64)
 SMALL = DenoiserConfig(down_dims=(64, 128, 256), kernel_size=3, step_embed_dim=128)
 
 
@@ -45,6 +49,8 @@ class Task:
         score: which number of an episode is its score: `max_reward`, `d4rl` (normalised return), or None.
         reference: D4RL's name for its reference scores.
         preset: settings.
+        expert: from an environment of this task, who demonstrates it; None where nobody can.
+        noise: standard deviation and correlation of the noise on the executed action of demonstrations.
     """
 
     env_id: str
@@ -55,6 +61,8 @@ class Task:
     score: str | None = None
     reference: str | None = None
     preset: Preset = field(default_factory=Preset)
+    expert: Callable[[gymnasium.Env], Actor] | None = None
+    noise: tuple[float, float] = (0.0, 0.0)
 
 
 def _maze(env_id: str, denoiser: DenoiserConfig, steps: int) -> Task:
@@ -64,6 +72,8 @@ def _maze(env_id: str, denoiser: DenoiserConfig, steps: int) -> Task:
         env_kwargs={"continuing_task": False},
         success="success",
         preset=Preset(bc=bc, train=TrainConfig(steps=steps)),
+        expert=PointMazeExpert.from_env,
+        noise=(0.5, 0.9),
     )
 
 
@@ -83,9 +93,14 @@ TASKS: dict[str, Task] = {
         score="max_reward",
         preset=Preset(bc=BcConfig(denoiser=SMALL, learning_rate=4e-4), train=TrainConfig(steps=20_000)),
     ),
-    "pointmaze-umaze": _maze("PointMaze_UMaze-v3", replace(SMALL, down_dims=(32, 64, 128), step_embed_dim=64), 3000),
+    "pointmaze-umaze": _maze("PointMaze_UMaze-v3", TINY, 3000),
     "pointmaze-medium": _maze("PointMaze_Medium-v3", SMALL, 12_000),
-    "detour": Task(env_id="diffpolicy_envs:Detour-v0", success="success"),
+    "detour": Task(
+        env_id="diffpolicy_envs:Detour-v0",
+        success="success",
+        preset=Preset(bc=BcConfig(denoiser=TINY, learning_rate=1e-3), train=TrainConfig(steps=2000)),
+        expert=lambda env: DetourExpert(),
+    ),
     "halfcheetah": _locomotion("HalfCheetah"),
     "hopper": _locomotion("Hopper"),
     "walker2d": _locomotion("Walker2d"),
@@ -120,3 +135,28 @@ def make_bc(
 
 AGENTS: dict[str, Callable[..., Bc]] = {"bc": make_bc}
 
+
+
+def demonstrators(task: Task, n: int, noise: tuple[float, float]) -> tuple[Actor, gymnasium.vector.VectorEnv]:
+    """Return the task's expert and N environments that add noise to what it does; the clean action is what is recorded.
+
+    Demonstrations must show how to come back from an error: noise goes into the executed action only.
+
+    Raises:
+        SpecError: if nobody can demonstrate this task.
+    """
+    if task.expert is None:
+        able = [name for name, other in TASKS.items() if other.expert is not None]
+        raise SpecError(f"nobody here can demonstrate {task.env_id}; wanted one of {', '.join(able)}, or --sb3-agent")
+    one = make_env(task.env_id, **task.env_kwargs)
+    expert = task.expert(one)
+    one.close()
+    return expert, noisy_envs(task, n, noise)
+
+
+def noisy_envs(task: Task, n: int, noise: tuple[float, float]) -> gymnasium.vector.VectorEnv:
+    """Return N environments that add noise of a standard deviation and correlation to the executed action."""
+    std, correlation = noise
+    return make_envs(
+        task.env_id, n, task.env_kwargs, wrapper=lambda env: ActionNoise(env, std, correlation) if std > 0 else env
+    )

@@ -17,22 +17,28 @@ from diffpolicy.diffusion.schedule import Schedule
 class Mixture(Denoiser):
     """Exact posterior mean under a mixture of Gaussians; ignores `cond`."""
 
+    means: torch.Tensor
+    variance: torch.Tensor
+    log_weights: torch.Tensor
+
     def __init__(
         self, schedule: Schedule, means: torch.Tensor, std: torch.Tensor | float, weights: torch.Tensor | None = None
     ) -> None:
         """Means `(M, Tp, Da)`, standard deviation broadcast against `(Tp, Da)`, weights `(M,)` (equal if None)."""
         super().__init__()
         self.schedule = schedule
-        self.means = means
-        self.variance = (torch.as_tensor(std, dtype=means.dtype, device=means.device) ** 2).expand(means.shape[1:])
+        variance = torch.as_tensor(std, dtype=means.dtype, device=means.device) ** 2
         weights = means.new_ones(len(means)) if weights is None else weights
-        self.log_weights = (weights / weights.sum()).log()
+        self.register_buffer("means", means)
+        self.register_buffer("variance", variance.expand(means.shape[1:]).clone())
+        self.register_buffer("log_weights", (weights / weights.sum()).log())
 
     def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None = None) -> torch.Tensor:
         """`E[x | x_t]`, shape of `x_t` `(B, Tp, Da)`."""
         time = t if isinstance(t, torch.Tensor) else x_t.new_full((x_t.shape[0],), t)
         alpha, sigma = (scale.unsqueeze(1) for scale in self.schedule(broadcast(time, x_t)))
         marginal = alpha**2 * self.variance + sigma**2
+        marginal = marginal.clamp(min=torch.finfo(marginal.dtype).eps ** 2)  # a finite dataset at sigma = 0: its limit
         residual = x_t.unsqueeze(1) - alpha * self.means
         log_likelihood = -0.5 * (residual**2 / marginal).flatten(2).sum(-1)
         posterior = (self.log_weights + log_likelihood).softmax(-1)[..., None, None]

@@ -1,0 +1,17 @@
+"""Gymnasium tasks, wrappers and experts for collecting demonstrations.
+
+Importing the package registers its environments, so `gym.make("diffpolicy_envs:Detour-v0")` works on its own. It needs Gymnasium
+and NumPy only; gymnasium-robotics and stable-baselines3 are looked for when something asks for them.
+"""
+
+import gymnasium as gym
+
+from .detour import Detour, DetourExpert
+from .errors import EnvsError
+from .pointmaze import PointMazeExpert
+from .sb3_agents import Sb3Agent, load_sb3_agent
+from .wrappers import ActionNoise
+
+__all__ = ["ActionNoise", "Detour", "DetourExpert", "EnvsError", "PointMazeExpert", "Sb3Agent", "load_sb3_agent"]
+
+gym.register(id="Detour-v0", entry_point="diffpolicy_envs.detour:Detour", max_episode_steps=48)
