@@ -44,7 +44,7 @@ def wilson(successes: int, n: int) -> Estimate:
     z, rate = 1.959964, successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return Estimate(rate, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)))
+    return Estimate(rate, float(min(max(centre - half, 0.0), rate)), float(max(min(centre + half, 1.0), rate)))
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> Estimate:

@@ -69,7 +69,7 @@ def make_envs(
     makers = [lambda: wrapper(make_env(env_id, **(env_kwargs or {})))] * n
     kind = AsyncVectorEnv if asynchronous else SyncVectorEnv
     envs = kind(makers, autoreset_mode=AutoresetMode.DISABLED)
-    envs.spec = deepcopy(gymnasium.spec(env_id))
+    envs.spec = deepcopy(gymnasium.spec(env_id.split(":")[-1]))
     envs.spec.kwargs.update(env_kwargs or {})
     return envs
 

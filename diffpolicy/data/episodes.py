@@ -58,7 +58,7 @@ class Episodes:
         meta: provenance, plain JSON values (who acted, versions, seeds, environment).
 
     Raises:
-        DatasetError: if there is no episode, lengths disagree, or a number is not finite.
+        DatasetError: if there is no episode, shapes disagree, or an array holds anything but finite numbers.
     """
 
     obs: Mapping[str, np.ndarray]
@@ -75,17 +75,24 @@ class Episodes:
         if self.has_final is None:
             object.__setattr__(self, "has_final", np.ones(len(self.length), dtype=bool))
         self._check_lengths()
-        for name, array in {**{f"obs {name!r}": a for name, a in self.obs.items()}, **self._scalars()}.items():
+        self._check_shapes()
+        obs = {f"obs {name!r}": array for name, array in self.obs.items()}
+        for name, array in {**obs, "action": self.action, "reward": self.reward}.items():
             _check_finite(name, array)
 
-    def _scalars(self) -> dict[str, np.ndarray]:
-        return {"action": self.action, "reward": self.reward}
-
     def _check_lengths(self) -> None:
+        if self.length.ndim != 1 or (len(self.length) and self.length.dtype.kind not in "iu"):
+            raise DatasetError(
+                f"length has shape {self.length.shape} and type {self.length.dtype}; wanted whole numbers, one an episode"
+            )
         if len(self.length) == 0:
             raise DatasetError("the dataset has zero episodes; give at least one episode of one step")
         if np.min(self.length) < 1:
-            raise DatasetError(f"episode {int(np.argmin(self.length))} has {np.min(self.length)} steps; wanted >= 1")
+            raise DatasetError(
+                f"episode {int(np.argmin(self.length))} has {np.min(self.length)} steps; wanted at least 1: leave it out"
+            )
+
+    def _check_shapes(self) -> None:
         if self.action.ndim != 2 or not np.issubdtype(self.action.dtype, np.floating):
             raise DatasetError(
                 f"actions have shape {self.action.shape} and type {self.action.dtype}; "
@@ -94,15 +101,11 @@ class Episodes:
         if not self.obs:
             raise DatasetError("the dataset has no observations; give at least one named array")
         n, e = int(np.sum(self.length)), len(self.length)
-        wanted = {f"obs {name!r}": (a, n + e) for name, a in self.obs.items()}
-        wanted |= {name: (a, n) for name, a in self._scalars().items()}
-        wanted |= {f"info {name!r}": (a, n) for name, a in self.info.items()}
-        wanted |= {name: (getattr(self, name), e) for name in ("terminated", "truncated", "has_final")}
-        for name, (array, rows) in wanted.items():
-            if len(array) != rows:
-                raise DatasetError(
-                    f"{name} has {len(array)} rows, but the lengths of {e} episodes sum to {n} steps: wanted {rows}"
-                )
+        _check_rows({f"obs {name!r}": array for name, array in self.obs.items()}, n + e, "one a step and one at each end")
+        _check_rows({"action": self.action, **{f"info {k!r}": v for k, v in self.info.items()}}, n, "one a step")
+        _check_rows({"reward": self.reward}, n, "one number a step", ndim=1)
+        ends = {name: getattr(self, name) for name in ("terminated", "truncated", "has_final")}
+        _check_rows(ends, e, "one an episode", ndim=1)
 
     def __len__(self) -> int:
         """Return the number of episodes."""
@@ -160,8 +163,18 @@ class Episodes:
         return np.add.reduceat(np.asarray(self.reward, dtype=np.float64), self.start)
 
 
+def _check_rows(arrays: Mapping[str, np.ndarray], rows: int, why: str, ndim: int | None = None) -> None:
+    for name, array in arrays.items():
+        if array.shape[:1] != (rows,) or (ndim is not None and array.ndim != ndim):
+            raise DatasetError(
+                f"{name} has shape {array.shape}; wanted {rows} rows, {why}: compare it with the episodes' lengths"
+            )
+
+
 def _check_finite(name: str, array: np.ndarray) -> None:
-    if not np.issubdtype(array.dtype, np.floating):
+    if array.dtype.kind not in "fiub":
+        raise DatasetError(f"{name} has type {array.dtype}; wanted numbers: convert it or leave it out")
+    if array.dtype.kind != "f":
         return
     for row in range(0, len(array), CHECK_ROWS):
         finite = np.isfinite(array[row : row + CHECK_ROWS])
@@ -177,11 +190,18 @@ def from_list(episodes: Sequence[Episode], meta: Mapping[str, Any] | None = None
     """Join single episodes into flat arrays.
 
     Raises:
-        DatasetError: if there are none.
+        DatasetError: if there are none, or one of them has other names or rows than its actions want.
     """
     if not episodes:
         raise DatasetError("the dataset has zero episodes; give at least one episode of one step")
     first = episodes[0]
+    for i, e in enumerate(episodes):
+        rows = {name: len(array) for name, array in e.obs.items()}
+        if rows != dict.fromkeys(first.obs, len(e) + 1) or len(e.reward) != len(e):
+            raise DatasetError(
+                f"episode {i} has {len(e)} actions, {len(e.reward)} rewards and rows of observations {rows}; wanted "
+                f"{len(e)} rewards and {len(e) + 1} rows of each of {sorted(first.obs)}: record one more than the actions"
+            )
     return Episodes(
         obs={name: np.concatenate([e.obs[name] for e in episodes]) for name in first.obs},
         action=np.concatenate([e.action for e in episodes]),

@@ -96,10 +96,16 @@ class Normalizer(nn.Module):
             clipped_actions: whether sampling will clip actions to the unit box.
 
         Raises:
-            DatasetError: if a kind or name is unknown, the action's kind cannot work with clipping or decoding.
+            DatasetError: if a kind or name is unknown, an array is not `(rows, D)`, or the action's kind cannot work
+                with clipping or decoding.
         """
         kinds = dict(kinds or {})
+        if "action" in episodes.obs:
+            raise DatasetError("an observation is called 'action', the name of the actions; rename it")
         arrays = {**episodes.obs, "action": episodes.action}
+        for name, array in arrays.items():
+            if array.ndim != 2:
+                raise DatasetError(f"{name!r} has shape {array.shape}; wanted rows of numbers, (rows, D): flatten it")
         if unknown := set(kinds) - set(arrays):
             raise DatasetError(f"normalizer kinds name {sorted(unknown)}; the dataset has {sorted(arrays)}")
         full = {name: _per_dimension(name, kinds.get(name, "limits"), a.shape[-1]) for name, a in arrays.items()}

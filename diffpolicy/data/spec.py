@@ -47,10 +47,11 @@ class Spec:
             raise SpecError("the observations have no names; give at least one named array")
         last = self.n_obs_steps - 1 + self.n_action_steps
         if last > self.horizon:
+            room = self.horizon - self.n_obs_steps + 1
+            lower = f"n_action_steps to at most {room}" if room > 0 else f"n_obs_steps to at most {self.horizon}"
             raise SpecError(
                 f"n_obs_steps {self.n_obs_steps} - 1 + n_action_steps {self.n_action_steps} = {last} exceeds horizon "
-                f"{self.horizon}; raise horizon to at least {last} or lower n_action_steps to at most "
-                f"{self.horizon - self.n_obs_steps + 1}"
+                f"{self.horizon}; raise horizon to at least {last} or lower {lower}"
             )
 
     @classmethod

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.errors import DatasetError
@@ -32,15 +33,18 @@ def save(episodes: Episodes, path: str | Path) -> Path:
     path = Path(path)
     if path.exists() and not is_store(path):
         raise DatasetError(f"{path} exists and is not a dataset of ours; give another path or remove it")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, former = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _write(episodes, temporary)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(former)
         temporary.rename(path)
     finally:
+        if former.exists() and not path.exists():
+            former.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
     return path
 
 
@@ -51,11 +55,15 @@ def _write(episodes: Episodes, path: Path) -> None:
         np.save(path / f"{name}.npy", getattr(episodes, name), allow_pickle=False)
     for group, arrays in (("obs", episodes.obs), ("info", episodes.info)):
         for name, array in arrays.items():
-            if "/" in name or name.startswith("."):
-                raise DatasetError(f"{group} name {name!r} cannot be a file name; rename it without '/' or leading '.'")
-            np.save(path / group / f"{name}.npy", array, allow_pickle=False)
+            np.save(path / group / _file_name(name), array, allow_pickle=False)
     header = {"format": FORMAT, "obs": list(episodes.obs), "info": list(episodes.info), "meta": dict(episodes.meta)}
     (path / "episodes.json").write_text(json.dumps(header, indent=1))
+
+
+def _file_name(name: str) -> str:
+    if not name or "/" in name or name.startswith("."):
+        raise DatasetError(f"the array name {name!r} cannot be a file name; rename it without '/' or leading '.'")
+    return f"{name}.npy"
 
 
 def is_store(path: Path) -> bool:
@@ -72,15 +80,16 @@ def load(path: str | Path) -> Episodes:
     path = Path(path)
     header = _header(path)
     flat: dict[str, Any] = {name: _array(path / f"{name}.npy") for name in FLAT}
-    obs = {name: _array(path / "obs" / f"{name}.npy") for name in header["obs"]}
-    info = {name: _array(path / "info" / f"{name}.npy") for name in header["info"]}
+    obs, info = ({name: _array(path / group / _file_name(name)) for name in header[group]} for group in ("obs", "info"))
     return Episodes(obs=obs, info=info, meta=header["meta"], **flat)
 
 
 def _header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads((path / "episodes.json").read_text())
-        version, _ = header["format"], (header["obs"], header["info"], header["meta"])
+        version, obs, info = int(header["format"]), list(header["obs"]), list(header["info"])
+        if not all(isinstance(name, str) for name in obs + info) or not isinstance(header["meta"], dict):
+            raise TypeError("names or meta of another kind")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path / 'episodes.json'} cannot be read ({error}); write the dataset again") from error
     if version > FORMAT:
@@ -89,10 +98,8 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _array(path: Path) -> np.ndarray:
-    if ".." in path.parts[-3:]:
-        raise DatasetError(f"{path} leaves its folder; wanted a plain name")
     try:
-        return np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = "it is missing" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        return open_memmap(path, mode="c")
+    except Exception as error:  # numpy raises many kinds for a damaged header
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else (str(error) or repr(error)).splitlines()[0]
         raise DatasetError(f"{path} cannot be read: {reason}; copy or write the dataset again") from error

@@ -3,6 +3,11 @@
 An episode ends at a terminal or a timeout; a trailing part that ends at neither is dropped, as in
 `d4rl.sequence_dataset`. The observation after the last action comes from `next_observations`; a file without them
 has unknown last observations, which bootstrapping then leaves out, as `d4rl.qlearning_dataset` does at timeouts.
+Without `timeouts` only terminals end an episode: D4RL's functions then count to the environment's time limit, which
+no file holds.
+
+Differences from `d4rl.qlearning_dataset`: a timeout whose next observation is known is kept; a row that is a terminal
+and a timeout is kept, as a terminal; the last row of the file is kept; an unfinished last episode is not.
 """
 
 from pathlib import Path
@@ -14,6 +19,7 @@ from diffpolicy.data.episodes import Episodes
 from diffpolicy.errors import DatasetError
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
+FLAT = ("rewards", "terminals", "timeouts")
 
 
 def is_hdf5(path: Path) -> bool:
@@ -31,15 +37,15 @@ def load(path: Path) -> Episodes:
         DatasetError: if the file is cut short, lacks a key, or its arrays disagree.
     """
     arrays = _read(path)
+    _check_shapes(path, arrays)
     n = len(arrays["observations"])
-    for name, array in arrays.items():
-        if len(array) != n:
-            raise DatasetError(f"{path}: {name} has {len(array)} rows and observations {n}; wanted equal lengths")
     terminal = arrays["terminals"].astype(bool).reshape(n)
     timeout = arrays["timeouts"].astype(bool).reshape(n) if "timeouts" in arrays else np.zeros(n, dtype=bool)
     ends = np.flatnonzero(terminal | timeout)
     if len(ends) == 0:
-        raise DatasetError(f"{path} has zero complete episodes: no row of terminals or timeouts is true")
+        raise DatasetError(
+            f"{path} has zero complete episodes: no row of terminals or timeouts is true; mark where each one ends"
+        )
     total = int(ends[-1]) + 1
     return Episodes(
         obs={"obs": _with_final_rows(arrays["observations"], arrays.get("next_observations"), ends)},
@@ -51,6 +57,19 @@ def load(path: Path) -> Episodes:
         has_final=np.full(len(ends), "next_observations" in arrays),
         meta={"source": "d4rl-hdf5", "file": path.name, "dropped_steps": n - total},
     )
+
+
+def _check_shapes(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    obs = arrays["observations"]
+    for name, array in arrays.items():
+        if len(array) != len(obs):
+            raise DatasetError(
+                f"{path}: {name} has {len(array)} rows and observations {len(obs)}; wanted equal lengths: write it again"
+            )
+        right = array.size == len(obs) if name in FLAT else name == "actions" or array.shape == (len(obs), obs.shape[-1])
+        if not right:
+            wanted = "one number a row" if name in FLAT else f"shape (N, D), as observations {obs.shape}"
+            raise DatasetError(f"{path}: {name} has shape {array.shape}; wanted {wanted}: reshape it")
 
 
 def _with_final_rows(obs: np.ndarray, next_obs: np.ndarray | None, ends: np.ndarray) -> np.ndarray:
@@ -71,6 +90,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _dataset(path: Path, item: object) -> np.ndarray:
-    if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiub":
-        raise DatasetError(f"{path}: {getattr(item, 'name', item)} is not an array of numbers; wanted D4RL's layout")
+    if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiub" or not item.shape:
+        raise DatasetError(
+            f"{path}: {getattr(item, 'name', item)} is not an array of numbers; wanted D4RL's layout: write it again"
+        )
     return np.asarray(item[:])

@@ -6,7 +6,8 @@ Every array but `action` becomes an observation; images are left out unless aske
 no ends of the task, and the observation after the last action is unknown.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,18 @@ def load(path: Path, names: Sequence[str] | None = None) -> Episodes:
         MissingExtraError: if the `zarr` package is not installed.
     """
     root = _open(path)
-    ends = np.asarray(_get(path, root, "meta/episode_ends"), dtype=np.int64)
-    if len(ends) == 0 or np.any(np.diff(ends, prepend=0) < 1):
-        raise DatasetError(f"{path}: meta/episode_ends is {ends[:5]}...; wanted rising row numbers, one an episode")
-    present = sorted(name for name, array in root["data"].arrays() if name != "action" and array.ndim < 4)
-    arrays = {name: _get(path, root, f"data/{name}") for name in ("action", *(present if names is None else names))}
+    ends = _ends(path, root)
+    arrays = {name: _get(path, root, f"data/{name}") for name in ("action", *(names or _all_but_images(path, root)))}
     for name, array in arrays.items():
         if len(array) != ends[-1]:
-            raise DatasetError(f"{path}: data/{name} has {len(array)} rows, the episodes end at {ends[-1]}")
+            raise DatasetError(
+                f"{path}: data/{name} has {len(array)} rows, the episodes end at {ends[-1]}; wanted equal numbers: copy "
+                "the dataset again"
+            )
     action = arrays.pop("action")
-    last = ends - 1
+    flat = {name: array.reshape(len(array), -1) for name, array in arrays.items()}
     return Episodes(
-        obs={name: np.insert(array.reshape(len(array), -1), ends, array.reshape(len(array), -1)[last], axis=0)
-             for name, array in arrays.items()},
+        obs={name: np.insert(array, ends, array[ends - 1], axis=0) for name, array in flat.items()},
         action=action,
         reward=np.zeros(len(action), dtype=np.float32),
         length=np.diff(ends, prepend=0),
@@ -49,7 +49,7 @@ def load(path: Path, names: Sequence[str] | None = None) -> Episodes:
         truncated=np.ones(len(ends), dtype=bool),
         has_final=np.zeros(len(ends), dtype=bool),
         meta={"source": "zarr", "file": path.name, "rewards": "none recorded"},
-    )  # fmt: skip
+    )
 
 
 def _open(path: Path) -> Any:
@@ -57,18 +57,41 @@ def _open(path: Path) -> Any:
         import zarr
     except ImportError as error:
         raise MissingExtraError(f"reading {path} needs the zarr package; pip install 'diffpolicy[zarr]'") from error
-    try:
-        root = zarr.open_group(str(path), mode="r")
-        root["data"]
-        return root
-    except Exception as error:  # zarr raises many kinds, all of which mean this
-        raise DatasetError(f"{path} cannot be opened as a zarr replay buffer ({error}); copy it again") from error
+    with _reading(path, "the group"):
+        return zarr.open_group(str(path), mode="r")
+
+
+def _ends(path: Path, root: Any) -> np.ndarray:
+    ends = _get(path, root, "meta/episode_ends")
+    row_numbers = ends.ndim == 1 and ends.dtype.kind in "iu" and len(ends) > 0
+    if not row_numbers or np.any(np.diff(ends.astype(np.int64), prepend=0) < 1):
+        raise DatasetError(
+            f"{path}: meta/episode_ends is {ends.ravel()[:5].tolist()}...; wanted rising row numbers, one an episode"
+        )
+    return ends.astype(np.int64)
+
+
+def _all_but_images(path: Path, root: Any) -> list[str]:
+    with _reading(path, "data"):
+        return sorted(name for name, array in root["data"].arrays() if name != "action" and array.ndim < 4)
 
 
 def _get(path: Path, root: Any, name: str) -> np.ndarray:
-    if name not in root:
-        raise DatasetError(f"{path} lacks {name}; wanted data/action, observations beside it and meta/episode_ends")
+    with _reading(path, name):
+        if name not in root:
+            raise DatasetError(f"{path} lacks {name}; wanted data/action, observations beside it and meta/episode_ends")
+        array = np.asarray(root[name][:])
+    if array.dtype.kind not in "fiub":
+        raise DatasetError(f"{path}: {name} has type {array.dtype}; wanted numbers: convert it or leave it out")
+    return array
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
     try:
-        return np.asarray(root[name][:])
-    except Exception as error:
-        raise DatasetError(f"{path}: {name} cannot be read ({error}); copy the dataset again") from error
+        yield
+    except DatasetError:
+        raise
+    except Exception as error:  # zarr raises many kinds for a damaged or foreign folder
+        first = (str(error) or repr(error)).splitlines()[0]
+        raise DatasetError(f"{path}: {what} cannot be read ({first}); copy the dataset again") from error

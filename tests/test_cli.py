@@ -1,0 +1,144 @@
+"""The command line: one run from demonstrations to a comparison, and bad input in one line with exit code 2."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from diffpolicy.cli import main
+from diffpolicy.data import store
+from diffpolicy.data.episodes import Episodes
+from diffpolicy.policy import Policy
+
+FAST = ["--denoiser.down-dims", "8", "16", "--denoiser.step-embed-dim", "16", "--batch-size", "8"]
+HORIZONS = ["--horizon", "4", "--n-obs-steps", "1", "--n-action-steps", "2"]
+
+
+def test_collect_train_resume_evaluate_compare(tmp_path, capsys):
+    demos, runs = str(tmp_path / "demos"), [str(tmp_path / name) for name in ("a", "b")]
+    assert main(["collect", "--task", "detour", "--episodes", "4", "--out", demos]) == 0
+    assert "4 episodes" in capsys.readouterr().out
+    for run, steps in zip(runs, ("4", "6"), strict=True):
+        argv = ["train", "--dataset", demos, "--task", "detour", "--out", run, "--steps", steps, *FAST, *HORIZONS]
+        assert main(argv) == 0
+        assert main(["evaluate", run, "--episodes", "3", "--no-video", "--device", "cpu"]) == 0
+    assert main(["train", "--dataset", demos, "--out", runs[0], "--resume", "--steps", "8"]) == 0
+    report = json.loads((tmp_path / "a" / "eval" / "report.json").read_text())
+    assert report["env_id"] == "Detour-v0"
+    assert report["episodes"] == 3
+    assert report["success"]["ci95"][0] <= report["success"]["rate"] <= report["success"]["ci95"][1]
+    assert (tmp_path / "a" / "eval" / "episodes.png").stat().st_size > 10_000
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["arguments"]["train"]["steps"] == 8
+    assert config["arguments"]["bc"]["denoiser"]["down_dims"] == [8, 16]
+    assert config["dataset"]["actor"] == "DetourExpert"
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8]
+    capsys.readouterr()
+    assert main(["compare", *runs, "--out", str(tmp_path / "c.png")]) == 0
+    assert "difference" in capsys.readouterr().out
+    assert main(["evaluate", runs[1], "--episodes", "2", "--sampler", "heun", "--steps", "3", "--no-video"]) == 0
+    report = json.loads((tmp_path / "b" / "eval" / "report.json").read_text())
+    assert (report["sampler"], report["nfe"]) == ("heun 3", 5)
+
+
+def small_store(path, **changes) -> str:
+    rng = np.random.default_rng(0)
+    fields = {
+        "obs": {"obs": rng.normal(size=(12, 2)).astype(np.float32)},
+        "action": rng.normal(size=(10, 2)).astype(np.float32),
+        "reward": np.zeros(10, np.float32),
+        "length": np.array([4, 6]),
+        "terminated": np.zeros(2, bool),
+        "truncated": np.ones(2, bool),
+    }
+    return str(store.save(Episodes(**{**fields, **changes}), path))
+
+
+def bad_hdf5(path, **changes) -> str:
+    n = 10
+    arrays = {
+        "observations": np.zeros((n, 2), np.float32),
+        "actions": np.zeros((n, 2), np.float32),
+        "rewards": np.zeros(n, np.float32),
+        "terminals": np.arange(n) == n - 1,
+    }
+    with h5py.File(path, "w") as file:
+        for name, array in {**arrays, **changes}.items():
+            if array is not None:
+                file[name] = array
+    return str(path)
+
+
+def train_argv(dataset: str, tmp_path, *more: str) -> list[str]:
+    return ["train", "--dataset", dataset, "--out", str(tmp_path / "run"), "--steps", "2", *FAST, *more]
+
+
+CASES = {
+    "missing file": (lambda p: train_argv(str(p / "nowhere.hdf5"), p), "there is no dataset"),
+    "missing key": (lambda p: train_argv(bad_hdf5(p / "a.hdf5", rewards=None), p), "lacks rewards"),
+    "lengths disagree": (
+        lambda p: train_argv(bad_hdf5(p / "a.hdf5", actions=np.zeros((9, 2), np.float32)), p),
+        "actions has 9 rows",
+    ),
+    "not finite": (
+        lambda p: train_argv(bad_hdf5(p / "a.hdf5", observations=np.full((10, 2), np.inf, np.float32)), p),
+        "holds inf in row 0",
+    ),
+    "zero episodes": (lambda p: train_argv(bad_hdf5(p / "a.hdf5", terminals=np.zeros(10, bool)), p), "zero complete"),
+    "discrete actions": (
+        lambda p: train_argv(bad_hdf5(p / "a.hdf5", actions=np.zeros((10, 1), np.int64)), p),
+        "discrete action spaces",
+    ),
+    "horizon": (
+        lambda p: train_argv(small_store(p / "d"), p, "--horizon", "8", "--n-action-steps", "8"),
+        "exceeds horizon 8",
+    ),
+    "unknown task": (lambda p: train_argv(small_store(p / "d"), p, "--task", "chess"), "no task 'chess'"),
+    "observations of another task": (
+        lambda p: train_argv(small_store(p / "d", obs={"x": np.zeros((12, 2), np.float32)}), p, "--task", "pusht"),
+        "no observation 'state'",
+    ),
+    "no run": (lambda p: ["evaluate", str(p / "nowhere")], "no policy"),
+    "nobody to demonstrate": (
+        lambda p: ["collect", "--task", "pusht", "--out", str(p / "d")],
+        "nobody here can demonstrate",
+    ),
+    "reports missing": (lambda p: ["compare", str(p / "a"), str(p / "b")], "run diffpolicy evaluate first"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing(tmp_path, capsys, case):
+    argv, words = CASES[case]
+    command = argv(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert words in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_policy_of_other_shapes_than_the_environment_is_refused(tmp_path, capsys):
+    dataset = small_store(tmp_path / "d")
+    assert main(train_argv(dataset, tmp_path, *HORIZONS)) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--env", "Pendulum-v1", "--episodes", "1"]) == 2
+    assert "the policy was trained on" in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten_and_only_resumed_on_its_own_data(tmp_path, capsys):
+    argv = train_argv(small_store(tmp_path / "d"), tmp_path, *HORIZONS)
+    assert main(argv) == 0
+    assert main(argv) == 2
+    assert "--resume" in capsys.readouterr().err
+    other = small_store(tmp_path / "e", reward=np.ones(10, np.float32))
+    assert main(["train", "--dataset", other, "--out", str(tmp_path / "run"), "--resume"]) == 2
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_python_sees_what_the_command_line_made(tmp_path):
+    assert main(train_argv(small_store(tmp_path / "d"), tmp_path, *HORIZONS)) == 0
+    action, _ = Policy.load(tmp_path / "run").predict(np.zeros(2, np.float32))
+    assert action.shape == (2,)
+    assert np.isfinite(action).all()

@@ -1,0 +1,101 @@
+"""Evaluation: intervals against known values and their coverage, scores against D4RL's, paired comparison."""
+
+import json
+
+import numpy as np
+import pytest
+from diffpolicy.data.episodes import Episode, from_list
+from diffpolicy.errors import DiffPolicyError
+from diffpolicy.evaluate import bootstrap, compare, d4rl_score, evaluate, outcomes, wilson
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (95, 100, 0.8882, 0.9785)],
+)
+def test_wilson_equals_published_values(k, n, low, high):
+    found = wilson(k, n)
+    assert (found.value, found.low, found.high) == pytest.approx((k / n, low, high), abs=1e-4)
+
+
+def test_wilson_covers_the_truth_in_about_95_of_100():
+    rng = np.random.default_rng(0)
+    hits = [(e := wilson(int(k), 50)).low <= 0.8 <= e.high for k in rng.binomial(50, 0.8, 2000)]
+    assert 0.93 < np.mean(hits) < 0.97
+
+
+def test_bootstrap_interval_is_that_of_the_normal_law_for_many_samples():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 2000)
+    found = bootstrap(values)
+    half = 1.96 * values.std() / np.sqrt(2000)
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "score"),
+    [("hopper-medium-v2", 3234.3, 100), ("hopper-medium-v2", -20.272305, 0), ("maze2d-umaze-v1", 161.86, 100),
+     ("halfcheetah-expert-v2", 12135.0, 100)],
+)  # fmt: skip
+def test_d4rl_scores_are_0_and_100_at_the_references(name, value, score):
+    assert d4rl_score(np.array([value]), name)[0] == pytest.approx(score)
+
+
+def test_d4rl_scores_of_an_unknown_name_are_refused():
+    with pytest.raises(DiffPolicyError, match="no reference scores"):
+        d4rl_score(np.zeros(1), "pong-v0")
+
+
+def episode(reward: list[float], success: list[float]) -> Episode:
+    n = len(reward)
+    return Episode(
+        {"obs": np.zeros((n + 1, 1), np.float32)}, np.zeros((n, 1), np.float32), np.array(reward, np.float32),
+        False, True, {"success": np.array(success, np.float32)},
+    )  # fmt: skip
+
+
+def test_success_counts_if_it_was_ever_reached_and_max_reward_is_the_largest():
+    episodes = from_list([episode([0, 0.9, 0.2], [0, 1, 0]), episode([0.3], [0])])
+    found = outcomes(episodes, "success", "max_reward", None)
+    assert found.success is not None
+    assert found.score is not None
+    assert found.success.tolist() == [True, False]
+    np.testing.assert_allclose(found.score, [0.9, 0.3])
+    np.testing.assert_allclose(found.returns, [1.1, 0.3])
+
+
+def report(values: np.ndarray, **changes: object) -> dict:
+    base = {"env_id": "a", "env_kwargs": {}, "seeds": [0, len(values) - 1]}
+    return {**base, "by_episode": {"return": values.tolist()}, **changes}
+
+
+def test_pairing_finds_a_difference_of_0_1_under_a_spread_of_1():
+    a = np.random.default_rng(0).normal(size=100)
+    b = a + 0.1 + 0.05 * np.random.default_rng(1).normal(size=100)
+    (row,) = compare(report(a), report(b))
+    assert row.difference.low > 0.08
+    assert row.difference.high < 0.12
+
+
+def test_reports_of_other_seeds_are_not_compared():
+    a = np.zeros(3)
+    with pytest.raises(DiffPolicyError, match="seeds"):
+        compare(report(a), report(a, seeds=[5, 7]))
+
+
+class Zero:
+    """Always the action 0."""
+
+    def predict(self, obs, state=None, episode_start=None, deterministic=True):
+        return np.zeros((len(obs), 1), dtype=np.float32), state
+
+
+def test_evaluate_reports_what_it_played(tmp_path):
+    first, second = (evaluate(Zero(), "Pendulum-v1", episodes=4, seed=7) for _ in range(2))
+    assert first == second
+    assert first.seeds == (7, 10)
+    assert first.success is None
+    values = json.loads(first.save(tmp_path).read_text())
+    assert values["return"]["mean"] == pytest.approx(np.mean(values["by_episode"]["return"]))
+    wanted = {"env_id", "env_kwargs", "episodes", "seeds", "success_rule", "return", "success", "score", "plan_ms",
+              "sampler", "nfe", "device", "versions"}  # fmt: skip
+    assert wanted <= set(values)
