@@ -1,8 +1,8 @@
 """diffpolicy: diffusion policies for reinforcement learning and robot control.
 
-    import diffpolicy as dp
-    policy = dp.Policy.load("runs/maze")
-    action, state = policy.predict(obs, state, episode_start)
+import diffpolicy as dp
+policy = dp.Policy.load("runs/maze")
+action, state = policy.predict(obs, state, episode_start)
 """
 
 from diffpolicy.agents.bc import Bc, BcConfig

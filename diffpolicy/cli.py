@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import gymnasium
 import tyro
-from diffpolicy_envs import EnvsError, load_sb3_agent
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -22,12 +21,13 @@ from diffpolicy.data.episodes import Episodes, from_list
 from diffpolicy.data.sources import load
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import DatasetError, DiffPolicyError, PolicyError, SpecError
+from diffpolicy.evaluate import PARALLEL, bootstrap, evaluate_progress, outcomes, summarise, wilson
 from diffpolicy.evaluate import compare as compare_reports
-from diffpolicy.evaluate import PARALLEL, evaluate_progress, outcomes, summarise
 from diffpolicy.policy import Policy
 from diffpolicy.rollout import play, provenance, record
-from diffpolicy.tables import AGENTS, Preset, Task, demonstrators, get_task, noisy_envs, prepare
+from diffpolicy.tables import AGENTS, Preset, Task, demonstrator, get_task, noisy_envs, prepare
 from diffpolicy.train import TrainConfig
+from diffpolicy_envs import EnvsError, load_sb3_agent
 
 console = Console(stderr=True)
 Flat = tyro.conf.arg(name="")
@@ -56,7 +56,7 @@ class CollectArgs:
     seed: int = 0
     """Of the first episode; the next has the next."""
     noise: float | None = None
-    """Standard deviation of the noise on the executed action (the clean one is recorded); the task's own if not given."""
+    """Standard deviation of the noise on the executed action, the clean one is recorded; by default the task's."""
     noise_correlation: float | None = None
     """Of that noise from one step to the next, 0 to 1; the task's own if not given."""
     sb3_agent: Path | None = None
@@ -75,15 +75,16 @@ def collect(argv: Sequence[str]) -> None:
         raise DatasetError(f"--episodes is {args.episodes}; give at least 1")
     if args.out.exists() and not store.is_store(args.out):
         raise DatasetError(f"{args.out} exists and is not a dataset of ours; give another path or remove it")
+    std, correlation = task.noise
     noise = (
-        task.noise[0] if args.noise is None else args.noise,
-        task.noise[1] if args.noise_correlation is None else args.noise_correlation,
+        std if args.noise is None else args.noise,
+        correlation if args.noise_correlation is None else args.noise_correlation,
     )
-    n = min(args.episodes, PARALLEL)
-    if args.sb3_agent is not None:
-        actor, envs = load_sb3_agent(args.sb3_agent, trust_pickle=args.trust_pickle), noisy_envs(task, n, noise)
+    if args.sb3_agent is None:
+        actor = demonstrator(task)
     else:
-        actor, envs = demonstrators(task, n, noise)
+        actor = load_sb3_agent(args.sb3_agent, trust_pickle=args.trust_pickle)
+    envs = noisy_envs(task, min(args.episodes, PARALLEL), noise)
     played = {}
     with progress_bar() as bar:
         row = bar.add_task("collecting", total=args.episodes)
@@ -96,11 +97,14 @@ def collect(argv: Sequence[str]) -> None:
         "noise": {"std": noise[0], "correlation": noise[1]},
         "versions": training.versions(),
     }
-    episodes = from_list([played[k] for k in range(args.episodes)], meta=meta)
     envs.close()
+    episodes = from_list([played[k] for k in range(args.episodes)], meta=meta)
     store.save(episodes, args.out)
-    success = "" if task.success is None else f", success {float(outcomes(episodes, task.success, None, None).success.mean()):.3f}"
-    print(f"{len(episodes)} episodes, {episodes.steps} steps, mean return {episodes.returns.mean():.2f}{success}: {args.out}")
+    print(f"{len(episodes)} episodes, {episodes.steps} steps: {args.out}")
+    print(f"  return       {bootstrap(episodes.returns)}")
+    found = outcomes(episodes, task.success, None, None).success
+    if found is not None:
+        print(f"  success      {wilson(int(found.sum()), len(found))}")
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,9 @@ def outcomes(episodes: Episodes, success: str | None, score: str | None, referen
         DatasetError: if the episodes have no such `info` value.
     """
     if success is not None and success not in episodes.info:
-        raise DatasetError(f"the environment reports {sorted(episodes.info)} and no {success!r}; name its success value")
+        raise DatasetError(
+            f"the environment reports {sorted(episodes.info)} and no {success!r}; name its success value"
+        )
     won = None if success is None else np.maximum.reduceat(episodes.info[success], episodes.start) > 0
     scores = {
         "max_reward": lambda: max_reward(episodes),

@@ -100,13 +100,13 @@ def make_planner(denoiser: Denoiser, clip: float | None, config: SamplerConfig) 
             f"got sampler {config.sampler!r} with {config.steps} steps; wanted one of {', '.join(SAMPLERS)} "
             "with at least 1 step"
         )
-    return Sample(denoiser if clip is None else Clipped(denoiser, clip), SAMPLERS[config.sampler](config.eta), config.steps)
+    return Sample(
+        denoiser if clip is None else Clipped(denoiser, clip), SAMPLERS[config.sampler](config.eta), config.steps
+    )
 
 
 def _unet1d(config: DenoiserConfig, spec: Spec, cond_dim: int) -> nn.Module:
-    return UNet1d(
-        spec.action_dim, cond_dim, config.down_dims, config.kernel_size, config.groups, config.step_embed_dim
-    )
+    return UNet1d(spec.action_dim, cond_dim, config.down_dims, config.kernel_size, config.groups, config.step_embed_dim)
 
 
 def _mlp(config: DenoiserConfig, spec: Spec, cond_dim: int) -> nn.Module:

@@ -20,7 +20,7 @@ COLUMNS, ROWS = 4, 2
 
 
 def chunks(sampled: np.ndarray, true: np.ndarray) -> Figure:
-    """Draw sampled chunks over the data's, `(B, Tp, Da)`: the first dimensions of eight windows over the chunk index."""
+    """Draw sampled chunks over the data's, `(B, Tp, Da)`: the first dimensions of eight windows."""
     figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(3 * COLUMNS, 2.2 * ROWS), sharex=True, layout="constrained")
     shown = np.linspace(0, len(sampled) - 1, ROWS * COLUMNS).astype(int)
     for axis, i in zip(axes.flat, shown, strict=True):

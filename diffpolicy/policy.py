@@ -40,7 +40,7 @@ Obs = Mapping[str, np.ndarray] | np.ndarray
 
 @dataclass(frozen=True)
 class PolicyState:
-    """Rollout of N environments: `history {name: (N, To, ...)}`, the executed part `chunk (N, Ta, Da)`, counters `(N,)`.
+    """Rollout of N environments: `history {name: (N, To, ...)}`, executed part `chunk (N, Ta, Da)`, counters `(N,)`.
 
     `cursor` is the next action of the chunk, `episode` how many episodes began before this one, `plan` how many
     plans this episode has had.
@@ -94,9 +94,7 @@ class Policy(nn.Module):
 
     def with_sampler(self, config: SamplerConfig) -> "Policy":
         """Return the same policy, weights shared, under another sampler."""
-        return Policy(
-            self.spec, self.normalizer, self.encoder, self.denoiser, self.denoiser_config, config, self.seed
-        )
+        return Policy(self.spec, self.normalizer, self.encoder, self.denoiser, self.denoiser_config, config, self.seed)
 
     @torch.inference_mode()
     def plan(self, history: Mapping[str, torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
@@ -153,13 +151,19 @@ class Policy(nn.Module):
         batched = True
         for name, shape in self.spec.obs_shapes.items():
             if name not in given:
-                raise PolicyError(f"the observation has {sorted(given)}; the policy needs {sorted(self.spec.obs_shapes)}")
+                raise PolicyError(
+                    f"the observation has {sorted(given)}; the policy needs {sorted(self.spec.obs_shapes)}"
+                )
             array = np.asarray(given[name], dtype=np.float32)
             batched = array.ndim > len(shape)
             if array.shape[batched:] != shape:
-                raise PolicyError(f"observation {name!r} has shape {array.shape}; the policy needs {shape} or (N, *{shape})")
+                raise PolicyError(
+                    f"observation {name!r} has shape {array.shape}; the policy needs {shape} or (N, *{shape})"
+                )
             if not np.isfinite(array).all():
-                raise PolicyError(f"observation {name!r} holds a number that is not finite; check the sensor or environment")
+                raise PolicyError(
+                    f"observation {name!r} holds a number that is not finite; check the sensor or environment"
+                )
             arrays[name] = array if batched else array[None]
         return arrays, batched
 
@@ -220,8 +224,8 @@ class Policy(nn.Module):
             found = spaces[name].shape if name in spaces else None
             if found != tuple(shape):
                 raise PolicyError(
-                    f"the environment's observation {name!r} is {found or 'missing'}; the policy was trained on {shape}: "
-                    "evaluate it in the environment of its dataset"
+                    f"the environment's observation {name!r} is {found or 'missing'}; the policy was trained on "
+                    f"{shape}: evaluate it in the environment of its dataset"
                 )
         if action.shape != (self.spec.action_dim,):
             raise PolicyError(
@@ -267,9 +271,13 @@ class Policy(nn.Module):
             denoiser_config = DenoiserConfig(**_tuples(description["denoiser"]))
             sampler_config = SamplerConfig(**description["sampler"])
             denoiser = make_denoiser(denoiser_config, spec, normalizer)
-            policy = cls(spec, normalizer, make_encoder(spec), denoiser, denoiser_config, sampler_config, description["seed"])
+            policy = cls(
+                spec, normalizer, make_encoder(spec), denoiser, denoiser_config, sampler_config, description["seed"]
+            )
         except (KeyError, TypeError, AttributeError) as error:
-            raise PolicyError(f"{folder / 'policy.json'} does not describe a policy ({error!r}); save it again") from error
+            raise PolicyError(
+                f"{folder / 'policy.json'} does not describe a policy ({error!r}); save it again"
+            ) from error
         policy._read_weights(folder / "policy.safetensors")
         return policy.to(device)
 
@@ -281,7 +289,9 @@ class Policy(nn.Module):
                 state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 getattr(self, part).load_state_dict(state)
         except FileNotFoundError as error:
-            raise PolicyError(f"there is no {path}; a policy is a folder with policy.json and policy.safetensors") from error
+            raise PolicyError(
+                f"there is no {path}; a policy is a folder with policy.json and policy.safetensors"
+            ) from error
         except (SafetensorError, OSError) as error:
             raise PolicyError(
                 f"{path} is not a whole safetensors file ({error}); it may be cut short, or a pickle, which is never "

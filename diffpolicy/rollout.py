@@ -101,7 +101,7 @@ def play(
     n = envs.num_envs
     mode = envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
     current = np.arange(n)
-    obs, _ = envs.reset(seed=[seed + int(k) for k in current])
+    obs, _ = envs.reset(seed=_seeds(seed, current))
     recordings = [_Recording([row]) for row in _rows(obs, n)]
     state, start, resetting = None, np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
     remaining = episodes
@@ -126,7 +126,7 @@ def play(
                     yield int(current[i]), record.episode(bool(terminated[i]), bool(truncated[i]))
                 current[i] += n
         if mode == AutoresetMode.DISABLED and ended.any() and remaining:
-            obs, _ = envs.reset(seed=[seed + int(k) for k in current], options={"reset_mask": ended})
+            obs, _ = envs.reset(seed=_seeds(seed, current), options={"reset_mask": ended})
             rows = _rows(obs, n)
         if mode != AutoresetMode.NEXT_STEP:
             for i in np.flatnonzero(ended):
@@ -134,6 +134,10 @@ def play(
             start = ended
         else:
             start, resetting = resetting, ended
+
+
+def _seeds(first: int, episode: np.ndarray) -> Any:
+    return [first + int(k) for k in episode]  # vector environments take a list, which their base class does not say
 
 
 def rollout(actor: Actor, envs: VectorEnv, episodes: int, seed: int, deterministic: bool = True) -> Episodes:
@@ -192,11 +196,14 @@ def _named(obs: Any) -> dict[str, np.ndarray]:
 
 
 def _numbers(info: Mapping[str, Any], i: int) -> dict[str, float]:
-    """Return environment `i`'s numeric scalars of a vector environment's `info`, the final ones where it reset itself."""
+    """Return environment `i`'s numeric scalars of a vector environment's `info`; the final ones where it reset."""
     ended = "final_info" in info and info["_final_info"][i]
     source = info["final_info"] if ended else info
     return {
         key: float(values[i])
         for key, values in source.items()
-        if not key.startswith("_") and isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "bfiu"
+        if not key.startswith("_")
+        and isinstance(values, np.ndarray)
+        and values.ndim == 1
+        and values.dtype.kind in "bfiu"
     }

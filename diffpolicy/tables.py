@@ -10,7 +10,6 @@ from typing import Any
 
 import gymnasium
 import torch
-from diffpolicy_envs import ActionNoise, DetourExpert, PointMazeExpert
 
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.data.episodes import Episodes
@@ -20,6 +19,7 @@ from diffpolicy.errors import SpecError
 from diffpolicy.parts import DenoiserConfig
 from diffpolicy.rollout import Actor, make_env, make_envs
 from diffpolicy.train import TrainConfig
+from diffpolicy_envs import ActionNoise, DetourExpert, PointMazeExpert
 
 TINY = DenoiserConfig(down_dims=(32, 64, 128), kernel_size=3, step_embed_dim=64)
 SMALL = DenoiserConfig(down_dims=(64, 128, 256), kernel_size=3, step_embed_dim=128)
@@ -126,7 +126,12 @@ def prepare(task: Task | None, episodes: Episodes) -> Episodes:
 
 
 def make_bc(
-    spec: Spec, episodes: Episodes, kinds: Mapping[str, Kinds], config: BcConfig, train: TrainConfig, device: torch.device
+    spec: Spec,
+    episodes: Episodes,
+    kinds: Mapping[str, Kinds],
+    config: BcConfig,
+    train: TrainConfig,
+    device: torch.device,
 ) -> Bc:
     """Return an imitation agent for these episodes."""
     normalizer = Normalizer.fit(episodes, kinds, clipped_actions=config.denoiser.clip is not None)
@@ -136,11 +141,8 @@ def make_bc(
 AGENTS: dict[str, Callable[..., Bc]] = {"bc": make_bc}
 
 
-
-def demonstrators(task: Task, n: int, noise: tuple[float, float]) -> tuple[Actor, gymnasium.vector.VectorEnv]:
-    """Return the task's expert and N environments that add noise to what it does; the clean action is what is recorded.
-
-    Demonstrations must show how to come back from an error: noise goes into the executed action only.
+def demonstrator(task: Task) -> Actor:
+    """Return the task's expert.
 
     Raises:
         SpecError: if nobody can demonstrate this task.
@@ -148,14 +150,18 @@ def demonstrators(task: Task, n: int, noise: tuple[float, float]) -> tuple[Actor
     if task.expert is None:
         able = [name for name, other in TASKS.items() if other.expert is not None]
         raise SpecError(f"nobody here can demonstrate {task.env_id}; wanted one of {', '.join(able)}, or --sb3-agent")
-    one = make_env(task.env_id, **task.env_kwargs)
-    expert = task.expert(one)
-    one.close()
-    return expert, noisy_envs(task, n, noise)
+    env = make_env(task.env_id, **task.env_kwargs)
+    try:
+        return task.expert(env)
+    finally:
+        env.close()
 
 
 def noisy_envs(task: Task, n: int, noise: tuple[float, float]) -> gymnasium.vector.VectorEnv:
-    """Return N environments that add noise of a standard deviation and correlation to the executed action."""
+    """Return N environments that add noise (standard deviation, correlation) to the executed action.
+
+    Demonstrations must show how to come back from an error: the clean action is what is recorded.
+    """
     std, correlation = noise
     return make_envs(
         task.env_id, n, task.env_kwargs, wrapper=lambda env: ActionNoise(env, std, correlation) if std > 0 else env

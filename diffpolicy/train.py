@@ -147,7 +147,10 @@ def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = 
 def _report_nan(batch: Batch, step: int, run: Path | None) -> str:
     message = f"the loss became not a number at step {step}"
     if run is not None:
-        arrays = {f"obs.{k}": v for k, v in batch.obs.items()} | {"action": batch.action, "valid": batch.valid}
+        arrays: dict[str, Any] = {f"obs.{k}": v for k, v in batch.obs.items()} | {
+            "action": batch.action,
+            "valid": batch.valid,
+        }
         np.savez(run / "nan_batch.npz", **{k: v.cpu().numpy() for k, v in arrays.items()})
         message += f"; its batch is in {run / 'nan_batch.npz'}"
     return message + "; lower the learning rate or look at that batch; the last checkpoint is unharmed"
@@ -238,7 +241,9 @@ def restore(agent: Agent, run: Path) -> None:
         agent.load_state_dict(torch.load(path, map_location=agent.device, weights_only=True))
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         first = str(error).splitlines()[0] if str(error) else repr(error)
-        raise PolicyError(f"{path} cannot be resumed ({first}); use the same arguments, or start in a new folder") from error
+        raise PolicyError(
+            f"{path} cannot be resumed ({first}); use the same arguments, or start in a new folder"
+        ) from error
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -276,7 +281,9 @@ def check_same_dataset(before: str, now: str) -> None:
         DatasetError: if the fingerprints differ.
     """
     if before != now:
-        raise DatasetError(f"the dataset's fingerprint is {now}, the run began with {before}; resume with the same data")
+        raise DatasetError(
+            f"the dataset's fingerprint is {now}, the run began with {before}; resume with the same data"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Gymnasium tasks, wrappers and experts for collecting demonstrations.
 
-Importing the package registers its environments, so `gym.make("diffpolicy_envs:Detour-v0")` works on its own. It needs Gymnasium
-and NumPy only; gymnasium-robotics and stable-baselines3 are looked for when something asks for them.
+Importing the package registers its environments, so `gym.make("diffpolicy_envs:Detour-v0")` works on its own. It needs
+Gymnasium and NumPy only; gymnasium-robotics and stable-baselines3 are looked for when something asks for them.
 """
 
 import gymnasium as gym

@@ -10,12 +10,12 @@ The shortest way from `a` to `b` round a disc of radius `R` at the origin is a t
 
     sqrt(|a|^2 - R^2) + R (angle(a, b) - arccos(R / |a|) - arccos(R / |b|)) + sqrt(|b|^2 - R^2),
 
-so the optimum is known. The mean of the two ways leads straight into the obstacle: whoever imitates demonstrations of both
-by regression crashes, whoever models their distribution does not.
+so the optimum is known. The mean of the two ways leads straight into the obstacle: whoever imitates demonstrations of
+both by regression crashes, whoever models their distribution does not.
 """
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -58,7 +58,7 @@ def arrived(position: Array) -> NDArray[np.bool_]:
 
 
 def swept(a: Array, b: Array) -> Array:
-    """Returns the angle, counter-clockwise, that the segments from `a` to `b`, both `(..., 2)`, sweep round the centre."""
+    """Returns the angle, counter-clockwise, that segments from `a` to `b`, both `(..., 2)`, sweep round the centre."""
     return np.arctan2(a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0], (a * b).sum(-1))
 
 
@@ -70,7 +70,7 @@ def optimal_length(start: tuple[float, float] | Array = START) -> float:
     """
     a, b = np.asarray(start, np.float64), np.asarray(GOAL)
     if math.hypot(*a) < RADIUS:
-        raise EnvsError(f"The start {tuple(start)} lies inside the obstacle: give one at least {RADIUS} from the origin.")
+        raise EnvsError(f"The start ({a[0]:g}, {a[1]:g}) lies inside the obstacle: keep {RADIUS} from the origin.")
     if gap(a, b) >= RADIUS:
         return float(np.linalg.norm(b - a)) - GOAL_RADIUS
     arc = abs(float(swept(a, b)))
@@ -82,7 +82,7 @@ def optimal_length(start: tuple[float, float] | Array = START) -> float:
 
 
 def passes(start: tuple[float, float] | Array, actions: Array) -> NDArray[np.int64]:
-    """Tells on which side of the obstacle chunks of actions pass when they are played open loop, as the environment would.
+    """Tells on which side of the obstacle chunks of actions pass when the environment plays them open loop.
 
     Args:
         start: where each chunk starts, `(2,)` or `(B, 2)`.
@@ -106,19 +106,19 @@ def passes(start: tuple[float, float] | Array, actions: Array) -> NDArray[np.int
 class Detour(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     """A point that must get past a round obstacle, above or below.
 
-    Observation: `(2,)`, the position in the arena `[-1.5, 1.5]^2`. Action: `(2,)` in `[-1, 1]^2`, a displacement in units of
-    `MAX_STEP`, of length at most 1. Reward: `-MAX_STEP` a step, so the return is minus the way that could have been travelled,
-    and `-COLLISION_PENALTY` more for touching the obstacle. The episode terminates at the goal and in the obstacle; `info` holds
-    `success` and `collision`. No episode is better than `optimal_return()`.
+    Observation: `(2,)`, the position in the arena `[-1.5, 1.5]^2`. Action: `(2,)` in `[-1, 1]^2`, a displacement in units
+    of `MAX_STEP`, of length at most 1. Reward: `-MAX_STEP` a step, so the return is minus the way that could have been
+    travelled, and `-COLLISION_PENALTY` more for touching the obstacle. The episode terminates at the goal and in the
+    obstacle; `info` holds `success` and `collision`. No episode is better than `optimal_return()`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (as Gymnasium has it)
 
     def __init__(self, start_noise: float = 0.0, render_mode: str | None = None) -> None:
         """Makes the environment.
 
         Args:
-            start_noise: the start is moved by at most this much in x and in y; 0 starts exactly on the axis of symmetry.
+            start_noise: how far the start is moved at most in x and in y; 0 starts exactly on the axis of symmetry.
             render_mode: `rgb_array` or None.
 
         Raises:
@@ -143,11 +143,14 @@ class Detour(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Puts the point at the start; `options` may hold `start`, a position `(2,)` outside the obstacle."""
+        """Puts the point at the start; `options` may hold another `start`, a position `(2,)` outside the obstacle."""
         super().reset(seed=seed)
         start = np.asarray((options or {}).get("start", START), np.float64)
         start = start + self.np_random.uniform(-self.start_noise, self.start_noise, 2)
-        optimal_length(start)  # refuses a start inside the obstacle
+        if np.abs(start).max() > LIMIT or math.hypot(*start) < RADIUS:
+            raise EnvsError(
+                f"The start ({start[0]:g}, {start[1]:g}) is in the obstacle or outside [-{LIMIT}, {LIMIT}]^2."
+            )
         self.path = [start]
         return self._observation(), {"success": False, "collision": False}
 
@@ -180,9 +183,10 @@ class Detour(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 class DetourExpert:
     """Goes the shortest way round the obstacle, above or below with probability 1/2, chosen anew in each episode.
 
-    The way keeps `margin` clear of the obstacle: with `r = RADIUS + margin` the point heads for the goal when it sees it, else
-    along the tangent to the circle of radius `r` on its side, and outwards when it has been pushed inside that circle. The side
-    of each environment is the state, held by the caller; sides are drawn from a generator that `seed` fixes.
+    The way keeps `margin` clear of the obstacle: with `r = RADIUS + margin` the point heads for the goal when it sees it,
+    else along the tangent to the circle of radius `r` on its side, and outwards when it has been pushed inside that
+    circle. The side of each environment is the state, held by the caller; sides are drawn from a generator that `seed`
+    fixes.
     """
 
     def __init__(self, seed: int | None = None, margin: float = 0.1) -> None:
@@ -211,7 +215,7 @@ class DetourExpert:
 
         Args:
             observation: positions, `(2,)` or `(N, 2)`.
-            state: what the former call returned, `(side (N,),)` with +1 above and -1 below; None chooses all sides anew.
+            state: what the former call returned, `(side (N,),)`, +1 above and -1 below; None chooses all sides anew.
             episode_start: `(N,)`, where a new episode starts and a new side is chosen.
             deterministic: part of the protocol; an expert has only one way of acting.
         """
@@ -221,10 +225,9 @@ class DetourExpert:
         return action.reshape(np.shape(observation)), (side,)
 
     def _sides(self, n: int, state: tuple[Array, ...] | None, episode_start: NDArray[np.bool_] | None) -> Array:
-        if state is not None and (episode_start is None or not np.any(episode_start)):
-            return state[0]
-        drawn = self._generator.choice([-1.0, 1.0], n)
-        return drawn if state is None else np.where(episode_start, drawn, state[0])
+        starts = np.full(n, state is None) if episode_start is None else np.asarray(episode_start) | (state is None)
+        drawn = self._generator.choice([-1.0, 1.0], n) if starts.any() else np.ones(n)
+        return np.where(starts, drawn, drawn if state is None else state[0])
 
     def _heading(self, position: Array, side: Array) -> Array:
         to_goal = np.asarray(GOAL) - position

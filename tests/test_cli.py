@@ -5,6 +5,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+
 from diffpolicy.cli import main
 from diffpolicy.data import store
 from diffpolicy.data.episodes import Episodes

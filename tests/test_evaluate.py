@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.errors import DiffPolicyError
 from diffpolicy.evaluate import bootstrap, compare, d4rl_score, evaluate, outcomes, wilson

@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
@@ -35,9 +36,7 @@ def make_policy(device: str = "cpu", sampler: str = "ddim", steps: int = 4, seed
     config = DenoiserConfig(down_dims=(16, 32), kernel_size=3, step_embed_dim=16, prediction="v_prediction")
     torch.manual_seed(0)
     denoiser = make_denoiser(config, spec, normalizer)
-    policy = Policy(
-        spec, normalizer, make_encoder(spec), denoiser, config, SamplerConfig(sampler, steps), seed
-    )
+    policy = Policy(spec, normalizer, make_encoder(spec), denoiser, config, SamplerConfig(sampler, steps), seed)
     return policy.to(device)
 
 
@@ -54,7 +53,9 @@ def row(obs: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
 def test_plan_is_a_function_of_its_arguments_under_every_sampler(device, sampler):
     policy = make_policy(device, sampler)
     rng = np.random.default_rng(1)
-    history = {k: torch.from_numpy(rng.normal(size=(5, 2, d))).float().to(device) for k, d in (("pose", 3), ("goal", 2))}
+    history = {
+        k: torch.from_numpy(rng.normal(size=(5, 2, d))).float().to(device) for k, d in (("pose", 3), ("goal", 2))
+    }
     noise = torch.randn(policy.planner.draws, 5, 8, 2, generator=torch.Generator().manual_seed(0)).to(device)
     first, second = policy.plan(history, noise), policy.plan(history, noise)
     assert torch.equal(first, second)
@@ -113,17 +114,13 @@ def test_executed_actions_are_chunk_indices_1_to_3_of_the_plan_for_the_current_s
     rng = np.random.default_rng(5)
     a, b = observe(rng, 1), observe(rng, 1)
     _, state = policy.predict(a)
-    noise = torch.from_numpy(
-        np.random.default_rng([0, 0, 0]).standard_normal((1, 8, 2), dtype=np.float32)[:, None]
-    )
+    noise = torch.from_numpy(np.random.default_rng([0, 0, 0]).standard_normal((1, 8, 2), dtype=np.float32)[:, None])
     history = {k: torch.from_numpy(np.stack([a[k], a[k]], axis=1)).float() for k in a}
     np.testing.assert_allclose(state.chunk[0], policy.plan(history, noise)[0, 1:4], atol=1e-6)
     state_after = state
     for _ in range(3):
         _, state_after = policy.predict(b, state_after)
-    noise = torch.from_numpy(
-        np.random.default_rng([0, 0, 1]).standard_normal((1, 8, 2), dtype=np.float32)[:, None]
-    )
+    noise = torch.from_numpy(np.random.default_rng([0, 0, 1]).standard_normal((1, 8, 2), dtype=np.float32)[:, None])
     history = {k: torch.from_numpy(np.stack([b[k], b[k]], axis=1)).float() for k in a}
     np.testing.assert_allclose(state_after.chunk[0], policy.plan(history, noise)[0, 1:4], atol=1e-6)
 
@@ -174,34 +171,28 @@ def test_there_is_a_fixture_of_the_current_format():
     assert f"policy_format_{FORMAT}" in [f.name for f in FORMATS]
 
 
-def damage(folder: Path, what: str) -> None:
-    weights, description = folder / "policy.safetensors", folder / "policy.json"
-    if what == "cut short":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif what == "pickle":
-        weights.write_bytes(pickle.dumps({"weights": [1, 2]}))
-    elif what == "torch pickle":
-        torch.save({"weights": torch.zeros(2)}, weights)
-    elif what == "no weights":
-        weights.unlink()
-    elif what == "no description":
-        description.unlink()
-    elif what == "description cut":
-        description.write_text(description.read_text()[:40])
-    elif what == "no normalizer":
-        values = json.loads(description.read_text())
-        del values["normalizer"]
-        description.write_text(json.dumps(values))
-    elif what == "newer":
-        description.write_text(json.dumps({**json.loads(description.read_text()), "format": 999}))
-    elif what == "unknown sampler":
-        values = json.loads(description.read_text())
-        values["sampler"]["sampler"] = "magic"
-        description.write_text(json.dumps(values))
-    elif what == "other sizes":
-        values = json.loads(description.read_text())
-        values["denoiser"]["down_dims"] = [8, 16]
-        description.write_text(json.dumps(values))
+def edit(**changes: object):
+    """Change or drop (None) entries of policy.json."""
+
+    def apply(weights: Path, description: Path) -> None:
+        values = {**json.loads(description.read_text()), **changes}
+        description.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+    return apply
+
+
+DAMAGE = {
+    "cut short": lambda weights, _: weights.write_bytes(weights.read_bytes()[:-100]),
+    "pickle": lambda weights, _: weights.write_bytes(pickle.dumps({"weights": [1, 2]})),
+    "torch pickle": lambda weights, _: torch.save({"weights": torch.zeros(2)}, weights),
+    "no weights": lambda weights, _: weights.unlink(),
+    "no description": lambda _, description: description.unlink(),
+    "description cut": lambda _, description: description.write_text(description.read_text()[:40]),
+    "no normalizer": edit(normalizer=None),
+    "newer": edit(format=999),
+    "unknown sampler": edit(sampler={"sampler": "magic", "steps": 3, "eta": 0.0}),
+    "other sizes": edit(normalizer={"pose": ["none"] * 3, "goal": ["none"] * 2, "action": ["limits"] * 2}),
+}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +212,7 @@ def damage(folder: Path, what: str) -> None:
 )
 def test_a_damaged_policy_is_refused_in_one_sentence(tmp_path, what, words):
     folder = make_policy().save(tmp_path / "p")
-    damage(folder, what)
+    DAMAGE[what](folder / "policy.safetensors", folder / "policy.json")
     with pytest.raises(ValueError, match=words) as error:
         Policy.load(folder)
     assert "\n" not in str(error.value)

@@ -6,13 +6,14 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from diffpolicy.data.episodes import Episodes
-from diffpolicy.errors import DiffPolicyError
-from diffpolicy.rollout import make_env, make_envs, rollout
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from test_policy import make_policy
+
+from diffpolicy.data.episodes import Episodes
+from diffpolicy.errors import DiffPolicyError
+from diffpolicy.rollout import make_env, make_envs, rollout
 
 
 class Line(gymnasium.Env):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.normalizer import Normalizer
@@ -129,7 +130,7 @@ def test_padded_actions_do_not_count_in_the_loss():
     total = agent.loss(agent.model, batch, seeded()).item()
     t = 1 - 0.995 * torch.rand(1, generator=after_permutation(seeded()))
     eps = torch.randn(batch.action.shape, generator=advanced(seeded()))
-    elementwise = agent.denoiser.loss(batch.action, t, eps, agent.encoder(batch.obs))
+    elementwise = agent.model.denoiser.loss(batch.action, t, eps, agent.model.encoder(batch.obs))
     assert total == pytest.approx(elementwise[0, 0].mean().item(), rel=1e-5)
 
 

@@ -15,7 +15,9 @@ from torch import nn
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch
+from diffpolicy.diffusion.denoiser import NetworkDenoiser
 from diffpolicy.nets.ema import Ema
+from diffpolicy.nets.encoder import FlattenEncoder
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
 from diffpolicy.policy import Policy
 
@@ -46,6 +48,19 @@ class BcConfig:
     """Compile the network with torch.compile."""
 
 
+class Imitator(nn.Module):
+    """What is trained: the encoder of the observations and the denoiser of the actions."""
+
+    def __init__(self, encoder: FlattenEncoder, denoiser: NetworkDenoiser) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.denoiser = denoiser
+
+    def forward(self, batch: Batch, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """Elementwise loss `(B, Tp, Da)` of an encoded batch."""
+        return self.denoiser.loss(batch.action, t, eps, self.encoder(batch.obs))
+
+
 class Bc:
     """Trains a denoiser on encoded batches; `policy()` is the averaged one.
 
@@ -73,8 +88,7 @@ class Bc:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder, denoiser = make_encoder(spec), make_denoiser(config.denoiser, spec, normalizer)
-        self.encoder, self.denoiser = encoder.to(self.device), denoiser.to(self.device)
-        self.model = nn.ModuleList([self.encoder, self.denoiser])
+        self.model = Imitator(encoder, denoiser).to(self.device)
         self.ema = Ema(self.model, config.ema_power)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -86,7 +100,7 @@ class Bc:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.step = 0
         if config.compile:
-            self.denoiser.network.compile()
+            self.model.denoiser.network.compile()
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine to zero at `steps`."""
@@ -96,14 +110,13 @@ class Bc:
         progress = (step - warmup) / max(self.steps - warmup, 1)
         return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
-    def loss(self, model: nn.ModuleList, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """Return the noise-prediction loss (or its kin) of one encoded batch, averaged over the actions that are real."""
-        encoder, denoiser = model
+    def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """Return the noise-prediction loss (or its kin) of one encoded batch, averaged over the real actions."""
         x = batch.action
         t = _stratified_times(len(x), generator, x.device)
         eps = torch.randn(x.shape, generator=generator, device=x.device)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bf16 and x.device.type == "cuda"):
-            error = denoiser.loss(x, t, eps, encoder(batch.obs))
+            error = model(batch, t, eps)
         valid = batch.valid.unsqueeze(-1)
         return (error.float() * valid).sum() / (valid.sum() * x.shape[-1])
 
@@ -125,13 +138,14 @@ class Bc:
     def validation_loss(self, batch: Batch, seed: int = 0) -> float:
         """Return the averaged weights' loss on an encoded batch, with times and noise from `seed`."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        return float(self.loss(self.ema.module, batch, generator))  # pyright: ignore[reportArgumentType]
+        return float(self.loss(self.ema.module, batch, generator))
 
     def policy(self) -> Policy:
         """Return the policy of the averaged weights as they stand; it shares them with the agent."""
-        encoder, denoiser = self.ema.module  # pyright: ignore[reportGeneralTypeIssues]
-        config = self.config
-        return Policy(self.spec, self.normalizer, encoder, denoiser, config.denoiser, config.sampler, self.seed)
+        averaged, config = self.ema.module, self.config
+        return Policy(
+            self.spec, self.normalizer, averaged.encoder, averaged.denoiser, config.denoiser, config.sampler, self.seed
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that continuing needs."""
@@ -153,7 +167,7 @@ class Bc:
 
 
 def _stratified_times(n: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """Uniform times in `(T_MIN, 1]`, one in each of n equal intervals, in random order: less variance than n free draws."""
+    """Uniform times in `(T_MIN, 1]`, one in each of n equal intervals, shuffled: less variance than free ones."""
     order = torch.randperm(n, generator=generator, device=device)
     u = (order + torch.rand(n, generator=generator, device=device)) / n
     return 1 - (1 - T_MIN) * u

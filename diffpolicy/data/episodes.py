@@ -83,14 +83,13 @@ class Episodes:
     def _check_lengths(self) -> None:
         if self.length.ndim != 1 or (len(self.length) and self.length.dtype.kind not in "iu"):
             raise DatasetError(
-                f"length has shape {self.length.shape} and type {self.length.dtype}; wanted whole numbers, one an episode"
+                f"length has shape {self.length.shape} and type {self.length.dtype}; wanted one whole number an episode"
             )
         if len(self.length) == 0:
             raise DatasetError("the dataset has zero episodes; give at least one episode of one step")
         if np.min(self.length) < 1:
-            raise DatasetError(
-                f"episode {int(np.argmin(self.length))} has {np.min(self.length)} steps; wanted at least 1: leave it out"
-            )
+            first = int(np.argmin(self.length))
+            raise DatasetError(f"episode {first} has {self.length[first]} steps; wanted at least 1: leave it out")
 
     def _check_shapes(self) -> None:
         if self.action.ndim != 2 or not np.issubdtype(self.action.dtype, np.floating):
@@ -101,7 +100,7 @@ class Episodes:
         if not self.obs:
             raise DatasetError("the dataset has no observations; give at least one named array")
         n, e = int(np.sum(self.length)), len(self.length)
-        _check_rows({f"obs {name!r}": array for name, array in self.obs.items()}, n + e, "one a step and one at each end")
+        _check_rows({f"obs {k!r}": v for k, v in self.obs.items()}, n + e, "one a step and one at each end")
         _check_rows({"action": self.action, **{f"info {k!r}": v for k, v in self.info.items()}}, n, "one a step")
         _check_rows({"reward": self.reward}, n, "one number a step", ndim=1)
         ends = {name: getattr(self, name) for name in ("terminated", "truncated", "has_final")}
@@ -200,7 +199,7 @@ def from_list(episodes: Sequence[Episode], meta: Mapping[str, Any] | None = None
         if rows != dict.fromkeys(first.obs, len(e) + 1) or len(e.reward) != len(e):
             raise DatasetError(
                 f"episode {i} has {len(e)} actions, {len(e.reward)} rewards and rows of observations {rows}; wanted "
-                f"{len(e)} rewards and {len(e) + 1} rows of each of {sorted(first.obs)}: record one more than the actions"
+                f"a reward an action, and one row more of {sorted(first.obs)}: record what followed the last action"
             )
     return Episodes(
         obs={name: np.concatenate([e.obs[name] for e in episodes]) for name in first.obs},

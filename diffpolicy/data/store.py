@@ -101,5 +101,6 @@ def _array(path: Path) -> np.ndarray:
     try:
         return open_memmap(path, mode="c")
     except Exception as error:  # numpy raises many kinds for a damaged header
-        reason = "it is missing" if isinstance(error, FileNotFoundError) else (str(error) or repr(error)).splitlines()[0]
+        first = (str(error) or repr(error)).splitlines()[0]
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else first
         raise DatasetError(f"{path} cannot be read: {reason}; copy or write the dataset again") from error

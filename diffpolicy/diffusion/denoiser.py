@@ -91,9 +91,7 @@ class NetworkDenoiser(Denoiser):
             t = x_t.new_full((x_t.shape[0],), t)
         return c_skip * x_t + c_out * self.network(x_t, t, cond)
 
-    def loss(
-        self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, cond: torch.Tensor | None
-    ) -> torch.Tensor:
+    def loss(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """Squared error in the network's own units, elementwise `(B, Tp, Da)`; `t` is `(B,)` or `(B, Tp)`."""
         alpha, sigma = self.schedule(broadcast(t, x))
         output = self.network(diffuse(x, eps, alpha, sigma), t, cond)

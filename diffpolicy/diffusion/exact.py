@@ -1,6 +1,6 @@
 r"""Analytic denoisers: the truth that tests and documents use.
 
-For data from a mixture of Gaussians `sum_k w_k N(m_k, s^2 I)` (variance per element), given `x_t = alpha x + sigma eps`,
+For data from a mixture of Gaussians `sum_k w_k N(m_k, s^2 I)` (variance per element), given `x_t`,
 
     E[x | x_t] = sum_k p_k(x_t) (m_k + alpha s^2 / (alpha^2 s^2 + sigma^2) (x_t - alpha m_k))
     p_k(x_t)  ~  w_k N(x_t; alpha m_k, alpha^2 s^2 + sigma^2)

@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def legs(schedule: Schedule, steps: int) -> list[Leg]:
     if steps < 1:
         raise ValueError(f"sampling takes at least one step, not {steps}")
     points = [(t, *schedule(t)) for t in (1 - i / steps for i in range(steps))] + [(0.0, 1.0, 0.0)]
-    return [Leg(*start, *end) for start, end in zip(points[:-1], points[1:], strict=True)]
+    return [Leg(*start, *end) for start, end in pairwise(points)]
 
 
 class Sampler(ABC):

@@ -12,12 +12,19 @@ by it, stays finite. A schedule takes a plain float (inside a sampler) or a tens
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 Time = TypeVar("Time", float, torch.Tensor)
+
+
+def _apply(of_float: Callable[[float], float], of_tensor: Callable[[torch.Tensor], torch.Tensor], x: Time) -> Time:
+    if isinstance(x, torch.Tensor):
+        return of_tensor(x)
+    return of_float(x)
 
 
 class Schedule(ABC):
@@ -31,8 +38,9 @@ class Schedule(ABC):
 
     def noise(self, t: Time, alpha: Time) -> Time:
         """Scale of the noise; variance preserving unless a schedule says otherwise."""
-        variance = 1 - alpha * alpha
-        return variance.clamp(min=0).sqrt() if isinstance(variance, torch.Tensor) else math.sqrt(max(variance, 0.0))
+        if isinstance(alpha, torch.Tensor):
+            return (1 - alpha * alpha).clamp(min=0).sqrt()
+        return math.sqrt(max(1 - alpha * alpha, 0.0))
 
     def __call__(self, t: Time) -> tuple[Time, Time]:
         """Return `(alpha, sigma)` at time `t`."""
@@ -51,8 +59,8 @@ class Linear(Schedule):
 
     def signal(self, t: Time) -> Time:
         """`exp(-1/2 int_0^t beta)`."""
-        integral = self.beta_min * t + (self.beta_max - self.beta_min) * t * t / 2
-        return torch.exp(-integral / 2) if isinstance(integral, torch.Tensor) else math.exp(-integral / 2)
+        exponent = -self.beta_min * t / 2 - (self.beta_max - self.beta_min) * t * t / 4
+        return _apply(math.exp, torch.exp, exponent)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Cosine(Schedule):
         """`cos(pi/2 (t + c)/(1 + c))`, scaled to 1 at `t = 0`."""
         angle = (t + self.offset) / (1 + self.offset) * (math.pi / 2)
         start = math.cos(self.offset / (1 + self.offset) * math.pi / 2)
-        return torch.cos(angle) / start if isinstance(angle, torch.Tensor) else math.cos(angle) / start
+        return _apply(math.cos, torch.cos, angle) / start
 
 
 @dataclass(frozen=True)

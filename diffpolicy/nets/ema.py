@@ -6,17 +6,19 @@ The counter `n` is part of the state: a resumed run that forgets it starts at de
 """
 
 import copy
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 
-class Ema:
+
+class Ema(Generic[M]):
     """Average of a module's parameters, `update()` after each optimizer step (Chi et al. 2023: power 0.75)."""
 
-    def __init__(self, module: nn.Module, power: float = 0.75, max_decay: float = 0.9999) -> None:
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+    def __init__(self, module: M, power: float = 0.75, max_decay: float = 0.9999) -> None:
+        self.module: M = copy.deepcopy(module).requires_grad_(False).eval()
         self.power = power
         self.max_decay = max_decay
         self.updates = 0
@@ -29,8 +31,9 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Move the average towards `module`'s weights; buffers are copied."""
-        shadows, weights = list(self.module.parameters()), list(module.parameters())
-        torch._foreach_lerp_(shadows, weights, 1 - self.decay)
+        shadows: list[torch.Tensor] = [*self.module.parameters()]
+        weights: list[torch.Tensor] = [*module.parameters()]
+        torch._foreach_lerp_(shadows, weights, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
         for shadow, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
             shadow.copy_(buffer)
         self.updates += 1

@@ -11,8 +11,8 @@ r"""The temporal 1D U-Net of Diffusion Policy (Chi et al. 2023; Janner et al. 20
     head: Conv-GroupNorm-Mish, Conv 1x1, crop -> (B, Tp, Da)
 
 Each residual block is two Conv1d-GroupNorm-Mish; after the first, FiLM scales and shifts each channel by a linear map
-of the diffusion time's embedding and the condition. With Chi et al.'s Push-T settings (Da 2, condition 40, 256-512-1024,
-kernel 5) it has 65.78 M parameters and computes the function of the original for the same weights.
+of the diffusion time's embedding and the condition. With Chi et al.'s Push-T settings (Da 2, condition 40,
+256-512-1024, kernel 5) it has 65.78 M parameters and computes the function of the original for the same weights.
 """
 
 from collections.abc import Sequence
@@ -58,9 +58,10 @@ class Level(nn.Module):
         self.second = second
         self.resample = resample
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """Return the features before the change of length."""
-        return self.second(self.first(x, embedding), embedding)
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features before and after the change of length."""
+        features = self.second(self.first(x, embedding), embedding)
+        return features, self.resample(features)
 
 
 class UNet1d(nn.Module):
@@ -117,11 +118,10 @@ class UNet1d(nn.Module):
         embedding = self.time(t) if cond is None else torch.cat([self.time(t), cond], dim=-1)
         skips = []
         for level in self.down:
-            x = level(x, embedding)
-            skips.append(x)
-            x = level.resample(x)
+            skip, x = level(x, embedding)
+            skips.append(skip)
         for block in self.mid:
             x = block(x, embedding)
         for level in self.up:
-            x = level.resample(level(torch.cat([x, skips.pop()], dim=1), embedding))
+            _, x = level(torch.cat([x, skips.pop()], dim=1), embedding)
         return self.head(x)[..., :length].transpose(1, 2)

@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from plain import ItemDataset, PlainTrainer, PlainUNet
+from torch.utils.data import DataLoader
+
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.normalizer import Normalizer
@@ -24,14 +27,14 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 from diffpolicy.nets.unet1d import UNet1d
 from diffpolicy.parts import DenoiserConfig
-from plain import ItemDataset, PlainTrainer, PlainUNet
-from torch.utils.data import DataLoader
 
 RESULTS = Path(__file__).parent / "results"
 CANONICAL = (256, 512, 1024)
 
 
-def median_seconds(pair: tuple[Callable[[], Any], Callable[[], Any]], samples: int, device: torch.device) -> list[float]:
+def median_seconds(
+    pair: tuple[Callable[[], Any], Callable[[], Any]], samples: int, device: torch.device
+) -> list[float]:
     """Time both alternately, one unmeasured round first; return the two medians."""
     times: list[list[float]] = [[], []]
     for k in range(samples + 1):
@@ -47,10 +50,19 @@ def median_seconds(pair: tuple[Callable[[], Any], Callable[[], Any]], samples: i
 
 def result(name: str, unit: str, ours: float, peer: float, ratio: float, samples: int, device: torch.device) -> dict:
     """Return one row; `ratio` above 1 means that ours is better."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    row = {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "unit": unit, "samples": samples, "machine": machine,
-           "versions": {"torch": str(torch.__version__), "python": platform.python_version()}, "commit": commit}  # fmt: skip
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    row = {
+        "name": f"{device.type}-{name}",
+        "ours": ours,
+        "peer": peer,
+        "ratio": ratio,
+        "unit": unit,
+        "samples": samples,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else machine,
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+        "commit": git.stdout.strip(),
+    }
     print(f"{name:<28} ours {ours:10.4g} {unit:<10} peer {peer:10.4g}   ratio {ratio:.2f}")
     return row
 
@@ -81,7 +93,15 @@ def bench_gather(samples: int, device: torch.device) -> dict:
         windows.gather(torch.randint(len(windows), (256,), generator=generator))
 
     seconds = median_seconds((ours, lambda: next(loader)), samples, device)
-    return result(f"{device.type}-gather-256-of-1e6", "batches/s", 1 / seconds[0], 1 / seconds[1], seconds[1] / seconds[0], samples, device)
+    return result(
+        "gather-256-of-1e6",
+        "batches/s",
+        1 / seconds[0],
+        1 / seconds[1],
+        seconds[1] / seconds[0],
+        samples,
+        device,
+    )
 
 
 def bench_forward(batch: int, samples: int, device: torch.device) -> dict:
@@ -91,7 +111,15 @@ def bench_forward(batch: int, samples: int, device: torch.device) -> dict:
     t = torch.full((batch,), 0.5, device=device)
     with torch.inference_mode():
         seconds = median_seconds((lambda: ours(x, t, cond), lambda: peer(x, 100 * t - 1, cond)), samples, device)
-    return result(f"{device.type}-forward-b{batch}-canonical", "ms", 1e3 * seconds[0], 1e3 * seconds[1], seconds[1] / seconds[0], samples, device)
+    return result(
+        f"forward-b{batch}-canonical",
+        "ms",
+        1e3 * seconds[0],
+        1e3 * seconds[1],
+        seconds[1] / seconds[0],
+        samples,
+        device,
+    )
 
 
 def bench_train(batch: int, samples: int, device: torch.device) -> dict:
@@ -108,14 +136,24 @@ def bench_train(batch: int, samples: int, device: torch.device) -> dict:
     trainer = PlainTrainer(PlainUNet(2, 40, CANONICAL), device)
 
     def ours() -> None:
-        agent.update(agent.normalizer.encode(windows.gather(torch.randint(len(windows), (batch,), generator=generator))))
+        agent.update(
+            agent.normalizer.encode(windows.gather(torch.randint(len(windows), (batch,), generator=generator)))
+        )
 
     def peer() -> None:
         item = {k: v.to(device) for k, v in next(loader).items()}
         trainer.update(item["action"], item["obs"].flatten(1), item["valid"])
 
     seconds = median_seconds((ours, peer), samples, device)
-    return result(f"{device.type}-train-b{batch}-canonical", "samples/s", batch / seconds[0], batch / seconds[1], seconds[1] / seconds[0], samples, device)
+    return result(
+        f"train-b{batch}-canonical",
+        "samples/s",
+        batch / seconds[0],
+        batch / seconds[1],
+        seconds[1] / seconds[0],
+        samples,
+        device,
+    )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The naive way, as the peer of the benchmarks: what a careful person writes first, with torch alone.
 
-A per-item dataset behind a DataLoader; the reference block structure (Conv1d-GroupNorm-Mish residual blocks with FiLM) as
-plain modules; 100 discrete noise levels in a table; AdamW and an average of the weights parameter by parameter.
+A per-item dataset behind a DataLoader; the reference block structure (Conv1d-GroupNorm-Mish residual blocks with
+FiLM) as plain modules; 100 discrete noise levels in a table; AdamW and a weight average parameter by parameter.
 """
 
 import copy
@@ -56,17 +56,21 @@ class Block(nn.Module):
 class PlainUNet(nn.Module):
     """The reference U-Net of three levels."""
 
-    def __init__(self, action_dim: int, cond_dim: int, dims: tuple[int, int, int], k: int = 5, embed: int = 256) -> None:
+    def __init__(
+        self, action_dim: int, cond_dim: int, dims: tuple[int, int, int], k: int = 5, embed: int = 256
+    ) -> None:
         super().__init__()
         a, b, c = dims
         e = embed + cond_dim
         self.embed = embed
         self.time = nn.Sequential(nn.Linear(embed, 4 * embed), nn.Mish(), nn.Linear(4 * embed, embed))
-        self.down = nn.ModuleList([Block(i, o, e, k) for i, o in ((action_dim, a), (a, a), (a, b), (b, b), (b, c), (c, c))])
+        self.down = nn.ModuleList(
+            [Block(i, o, e, k) for i, o in ((action_dim, a), (a, a), (a, b), (b, b), (b, c), (c, c))]
+        )
         self.halve = nn.ModuleList([nn.Conv1d(a, a, 3, 2, 1), nn.Conv1d(b, b, 3, 2, 1)])
         self.mid = nn.ModuleList([Block(c, c, e, k), Block(c, c, e, k)])
         self.up = nn.ModuleList([Block(2 * c, b, e, k), Block(b, b, e, k), Block(2 * b, a, e, k), Block(a, a, e, k)])
-        self.double = nn.ModuleList([nn.ConvTranspose1d(b, b, 4, 2, 1), nn.ConvTranspose1d(a, a, 4, 2, 1)])
+        self.upsample = nn.ModuleList([nn.ConvTranspose1d(b, b, 4, 2, 1), nn.ConvTranspose1d(a, a, 4, 2, 1)])
         self.head = nn.Sequential(
             nn.Conv1d(a, a, k, padding=k // 2), nn.GroupNorm(8, a), nn.Mish(), nn.Conv1d(a, action_dim, 1)
         )
@@ -85,7 +89,7 @@ class PlainUNet(nn.Module):
             x = block(x, e)
         for level in range(2):
             x = torch.cat([x, skips.pop()], 1)
-            x = self.double[level](self.up[2 * level + 1](self.up[2 * level](x, e), e))
+            x = self.upsample[level](self.up[2 * level + 1](self.up[2 * level](x, e), e))
         return self.head(x).transpose(1, 2)
 
 
@@ -104,7 +108,7 @@ class PlainTrainer:
     def update(self, x: torch.Tensor, cond: torch.Tensor, valid: torch.Tensor) -> float:
         """Take one step."""
         step = torch.randint(100, (len(x),), device=x.device)
-        bar, eps = self.alpha_bar[step][:, None, None], torch.randn_like(x)
+        bar, eps = self.alpha_bar[step].view(-1, 1, 1), torch.randn_like(x)
         error = (self.network(bar.sqrt() * x + (1 - bar).sqrt() * eps, step, cond) - eps) ** 2 * valid[..., None]
         loss = error.sum() / (valid.sum() * x.shape[-1])
         self.optimizer.zero_grad()

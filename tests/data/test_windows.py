@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def make_episodes(lengths: list[int], terminated: list[bool], has_final: list[bool], seed: int = 0) -> Episodes:

@@ -86,8 +86,11 @@ def their_trajectory(step: Callable, timesteps: torch.Tensor, name: str, noise: 
 
 
 def in_double_precision(scheduler):
-    """Put the table of `alpha^2` back in double precision."""
-    scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)
+    """Put the table of `alpha^2` back in double precision; `1 - beta` of the capped last step magnifies most."""
+    betas = scheduler.betas.double()
+    assert betas[-1].item() == pytest.approx(0.999, rel=1e-7)
+    betas[-1] = 0.999
+    scheduler.alphas_cumprod = (1 - betas).cumprod(0)
     scheduler.one = scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     return scheduler
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
 from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+
+from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
 
 SCHEDULES = [Linear(), Cosine(), Flow()]
 NAMES = ["linear", "cosine", "flow"]

@@ -64,12 +64,12 @@ def _check_shapes(path: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if len(array) != len(obs):
             raise DatasetError(
-                f"{path}: {name} has {len(array)} rows and observations {len(obs)}; wanted equal lengths: write it again"
+                f"{path}: {name} has {len(array)} rows and observations {len(obs)}; wanted as many: write it again"
             )
-        right = array.size == len(obs) if name in FLAT else name == "actions" or array.shape == (len(obs), obs.shape[-1])
-        if not right:
-            wanted = "one number a row" if name in FLAT else f"shape (N, D), as observations {obs.shape}"
-            raise DatasetError(f"{path}: {name} has shape {array.shape}; wanted {wanted}: reshape it")
+        if name in FLAT and array.size != len(obs):
+            raise DatasetError(f"{path}: {name} has shape {array.shape}; wanted one number a row: reshape it")
+        if name.endswith("observations") and array.shape != (len(obs), obs.shape[-1]):
+            raise DatasetError(f"{path}: {name} has shape {array.shape}; wanted flat rows of one size: reshape it")
 
 
 def _with_final_rows(obs: np.ndarray, next_obs: np.ndarray | None, ends: np.ndarray) -> np.ndarray:

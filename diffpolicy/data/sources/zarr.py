@@ -31,12 +31,13 @@ def load(path: Path, names: Sequence[str] | None = None) -> Episodes:
     """
     root = _open(path)
     ends = _ends(path, root)
-    arrays = {name: _get(path, root, f"data/{name}") for name in ("action", *(names or _all_but_images(path, root)))}
+    names = _all_but_images(path, root) if names is None else names
+    arrays = {name: _get(path, root, f"data/{name}") for name in ("action", *names)}
     for name, array in arrays.items():
         if len(array) != ends[-1]:
             raise DatasetError(
-                f"{path}: data/{name} has {len(array)} rows, the episodes end at {ends[-1]}; wanted equal numbers: copy "
-                "the dataset again"
+                f"{path}: data/{name} has {len(array)} rows, the episodes end at {ends[-1]}; wanted as many: copy the "
+                "dataset again"
             )
     action = arrays.pop("action")
     flat = {name: array.reshape(len(array), -1) for name, array in arrays.items()}

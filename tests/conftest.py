@@ -1,0 +1,36 @@
+"""What several test files share."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real datasets; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("DIFFPOLICY_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"the real datasets are not at {folder}; set DIFFPOLICY_DATA to their folder")
+    return folder
+
+
+class Bomb:
+    """Unpickling it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def bomb(tmp_path: Path) -> Bomb:
+    """What a malicious file could hold; it has been tried out."""
+    bomb = Bomb(tmp_path / "executed")
+    pickle.loads(pickle.dumps(bomb))
+    assert bomb.mark.exists()
+    bomb.mark.unlink()
+    return bomb

@@ -1,0 +1,183 @@
+"""The zarr replay buffer: the real Push-T demonstrations, both zarr formats, and what is refused."""
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffpolicy.data.sources import load
+from diffpolicy.data.sources import zarr as source
+from diffpolicy.data.spec import Spec
+from diffpolicy.data.windows import Windows
+from diffpolicy.errors import DatasetError, MissingExtraError
+
+zarr = pytest.importorskip("zarr", reason="the package zarr is not installed; pip install 'diffpolicy[zarr]'")
+
+ENDS = np.array([3, 7])
+
+
+def make_buffer(folder: Path, ends: np.ndarray | None = ENDS, version: int = 2, **arrays: np.ndarray | None) -> Path:
+    """Two episodes of 3 and 4 rows; row i of the state is i + 1."""
+    rows = np.arange(1, 8, dtype=np.float32)
+    arrays = {"action": np.stack([10 * rows, -rows], axis=1), "state": rows[:, None], **arrays}
+    root = zarr.open_group(str(folder), mode="w", zarr_format=version)
+    for name, array in arrays.items():
+        if array is not None:
+            root.create_array(f"data/{name}", data=array)
+    if ends is not None:
+        root.create_array("meta/episode_ends", data=ends)
+    return folder
+
+
+def test_push_t_has_25650_steps_in_206_episodes_equal_to_zarrs_own_reading(shared_data):
+    path = shared_data / "pusht_cchi_v7_replay.zarr"
+    data, root = load(path), zarr.open_group(str(path), mode="r")
+    ends = root["meta/episode_ends"][:]
+    assert (data.steps, len(data)) == (25650, 206)
+    np.testing.assert_array_equal(np.cumsum(data.length), ends)
+    np.testing.assert_array_equal(data.action, root["data/action"][:])
+    assert {name: array.shape for name, array in data.obs.items()} == {
+        "keypoint": (25856, 18),
+        "n_contacts": (25856, 1),
+        "state": (25856, 5),
+    }
+    state = root["data/state"][:]
+    np.testing.assert_array_equal(data.obs["state"][0], state[0])
+    np.testing.assert_array_equal(data.obs["state"][-1], state[-1])
+    is_final = np.isin(np.arange(25856), ends + np.arange(206))
+    for name, array in data.obs.items():
+        whole = root[f"data/{name}"][:].reshape(25650, -1)
+        np.testing.assert_array_equal(array[~is_final], whole)
+        np.testing.assert_array_equal(array[is_final], whole[ends - 1])
+    assert data.action.min() >= 0
+    assert data.action.max() <= 512
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_both_zarr_formats_give_episodes_of_3_and_4_steps_by_hand(tmp_path, version):
+    data = load(make_buffer(tmp_path / "buffer", version=version, grid=np.arange(42.0).reshape(7, 3, 2)))
+    assert data.length.tolist() == [3, 4]
+    assert data.obs["state"].ravel().tolist() == [1, 2, 3, 3, 4, 5, 6, 7, 7]
+    assert data.action[:, 0].tolist() == [10, 20, 30, 40, 50, 60, 70]
+    assert data.obs["grid"][4].tolist() == [18, 19, 20, 21, 22, 23]  # further axes are flattened
+    assert not data.reward.any()
+    assert not data.terminated.any()
+    assert data.truncated.all()
+    assert data.has_final is not None
+    assert not data.has_final.any()
+    assert data.meta == {"source": "zarr", "file": "buffer", "rewards": "none recorded"}
+
+
+def test_the_last_step_of_an_episode_is_imitated_but_not_bootstrapped_from(tmp_path):
+    data = load(make_buffer(tmp_path / "buffer"))
+    spec = Spec({"state": (1,)}, 2, 1, 1, 1)
+    assert len(Windows(data, spec)) == 7
+    assert len(Windows(data, spec, require_next=True)) == 5
+
+
+def test_images_are_left_out_unless_asked_for(tmp_path):
+    image = np.arange(7 * 2 * 2 * 3, dtype=np.uint8).reshape(7, 2, 2, 3)
+    path = make_buffer(tmp_path / "buffer", img=image)
+    assert list(load(path).obs) == ["state"]
+    asked = source.load(path, ["img"])
+    assert list(asked.obs) == ["img"]
+    np.testing.assert_array_equal(asked.obs["img"][0], image[0].ravel())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ends": None}, "lacks meta/episode_ends; wanted data/action"),
+        ({"action": None}, "lacks data/action; wanted data/action"),
+        ({"state": None}, "no observations; give at least one"),
+        ({"ends": np.array([7, 3])}, r"meta/episode_ends is \[7, 3\]...; wanted rising row numbers"),
+        ({"ends": np.array([3, 3, 7])}, "wanted rising row numbers"),
+        ({"ends": np.array([0, 7])}, "wanted rising row numbers"),
+        ({"ends": np.array([], dtype=np.int64)}, r"is \[\]...; wanted rising row numbers"),
+        ({"ends": np.array([3.5, 7.0])}, "wanted rising row numbers"),
+        ({"ends": np.array([[3, 7]])}, "wanted rising row numbers"),
+        ({"ends": np.array([3, 8])}, "data/action has 7 rows, the episodes end at 8; wanted as many"),
+        ({"ends": np.array([3, 6])}, "data/action has 7 rows, the episodes end at 6; wanted as many"),
+        ({"state": np.ones((6, 1))}, "data/state has 6 rows, the episodes end at 7"),
+        ({"state": np.full((7, 1), np.inf)}, "obs 'state' holds inf in row 0; wanted finite numbers"),
+        ({"state": np.array(["a"] * 7)}, "data/state has type <U1; wanted numbers"),
+        ({"action": np.ones((7, 2), np.int64)}, "discrete action spaces are not supported"),
+        ({"other": np.float32(3)}, "data/other cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.filterwarnings("ignore:The data type")  # zarr's own, about text
+def test_buffers_that_cannot_be_right_are_refused_in_one_line_with_their_path(tmp_path, changes, message, version):
+    path = make_buffer(tmp_path / "buffer", version=version, **changes)
+    with pytest.raises(DatasetError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_array_in_place_of_the_group_data_and_the_reverse_are_refused(tmp_path):
+    root = zarr.open_group(str(tmp_path / "array"), mode="w", zarr_format=2)
+    root.create_array("data", data=np.ones(3))
+    root.create_array("meta/episode_ends", data=np.array([3]))
+    with pytest.raises(DatasetError, match="data cannot be read"):
+        load(tmp_path / "array")
+    root = zarr.open_group(str(tmp_path / "group"), mode="w", zarr_format=2)
+    root.create_array("data/action", data=np.ones((3, 1)))
+    root.create_group("meta/episode_ends")
+    with pytest.raises(DatasetError, match="meta/episode_ends cannot be read"):
+        load(tmp_path / "group")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x02\x01\x94\x04", "first 100 bytes", "noise"])
+def test_a_damaged_chunk_of_push_t_is_refused_by_the_name_of_its_array(tmp_path, shared_data, damage):
+    path = tmp_path / "pusht.zarr"
+    original = shared_data / "pusht_cchi_v7_replay.zarr"
+    shutil.copytree(
+        original, path, ignore=shutil.ignore_patterns("img", "keypoint", "n_contacts"), copy_function=shutil.copyfile
+    )
+    chunk = path / "data" / "state" / "10.0"
+    whole = chunk.read_bytes()
+    noise = whole[:16] + np.random.default_rng(0).bytes(len(whole) - 16)
+    chunk.write_bytes({"first 100 bytes": whole[:100], "noise": noise}.get(str(damage), damage))
+    with pytest.raises(
+        DatasetError, match=r"pusht\.zarr: data/state cannot be read .*; copy the dataset again"
+    ) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "data/state/zarr.json", "meta/episode_ends/zarr.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"zarr_format": 9, "node_type": "array"}'])
+def test_damaged_metadata_is_refused_in_one_line(tmp_path, name, text):
+    path = make_buffer(tmp_path / "buffer", version=3)
+    (path / name).write_text(text)
+    with pytest.raises(DatasetError) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["filters", "compressor"])
+@pytest.mark.parametrize("dtype", ["<f4", "|O"])
+def test_a_chunk_that_asks_to_be_unpickled_is_refused_and_not_executed(tmp_path, bomb, place, dtype):
+    path = make_buffer(tmp_path / "buffer")
+    metadata = path / "data" / "state" / ".zarray"
+    codec = {"id": "pickle", "protocol": 4}
+    changes = {"filters": [codec], "compressor": None} if place == "filters" else {"compressor": codec}
+    header = json.loads(metadata.read_text()) | changes | {"dtype": dtype, "fill_value": None}
+    metadata.write_text(json.dumps(header))
+    (path / "data" / "state" / "0.0").write_bytes(pickle.dumps(bomb))
+    with pytest.raises(DatasetError, match="cannot be read"):
+        load(path)
+    assert not bomb.mark.exists()
+
+
+def test_without_the_package_zarr_the_error_says_what_to_install(tmp_path, monkeypatch):
+    path = make_buffer(tmp_path / "buffer")
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    with pytest.raises(MissingExtraError, match=r"needs the zarr package; pip install 'diffpolicy\[zarr\]'"):
+        load(path)
