@@ -13,7 +13,7 @@ normalizer). Loading executes nothing.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -247,13 +247,8 @@ class Policy(nn.Module):
             "sampler": asdict(self.sampler_config),
             "seed": self.seed,
         }
-        for name, write in (
-            ("policy.safetensors", lambda path: save_file(tensors, path)),
-            ("policy.json", lambda path: path.write_text(json.dumps(description, indent=1))),
-        ):
-            temporary = folder / f".{name}.tmp"
-            write(temporary)
-            os.replace(temporary, folder / name)
+        write_atomically(folder / "policy.safetensors", lambda path: save_file(tensors, path))
+        write_atomically(folder / "policy.json", lambda path: path.write_text(json.dumps(description, indent=1)))
         return folder
 
     @classmethod
@@ -303,6 +298,16 @@ class Policy(nn.Module):
 
 
 PARTS = ("normalizer", "encoder", "denoiser")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary path)`, then move the file to `path`; what was there stays until then."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

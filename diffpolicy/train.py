@@ -13,7 +13,6 @@ the data's, unit scale) and `validation/action_error_by_index/k` for the k-th ac
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
 from diffpolicy import pictures
@@ -32,7 +32,7 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import DatasetError, PolicyError, TrainingError
-from diffpolicy.policy import Policy
+from diffpolicy.policy import Policy, write_atomically
 
 Metrics = dict[str, float]
 VALIDATION_WINDOWS = 512
@@ -223,7 +223,7 @@ def checkpoint(agent: Agent, run: Path) -> None:
     try:
         write_atomically(run / "checkpoint" / "state.pt", lambda path: torch.save(agent.state_dict(), path))
         agent.policy().save(run)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise TrainingError(
             f"the checkpoint in {run} could not be written ({error}); the former one is unharmed: free some space and "
             "resume"
@@ -244,16 +244,6 @@ def restore(agent: Agent, run: Path) -> None:
         raise PolicyError(
             f"{path} cannot be resumed ({first}); use the same arguments, or start in a new folder"
         ) from error
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary path)`, then move the file to `path`; what was there stays until then."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _forget_after(path: Path, step: int) -> None:

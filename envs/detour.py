@@ -106,10 +106,10 @@ def passes(start: tuple[float, float] | Array, actions: Array) -> NDArray[np.int
 class Detour(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     """A point that must get past a round obstacle, above or below.
 
-    Observation: `(2,)`, the position in the arena `[-1.5, 1.5]^2`. Action: `(2,)` in `[-1, 1]^2`, a displacement in units
-    of `MAX_STEP`, of length at most 1. Reward: `-MAX_STEP` a step, so the return is minus the way that could have been
-    travelled, and `-COLLISION_PENALTY` more for touching the obstacle. The episode terminates at the goal and in the
-    obstacle; `info` holds `success` and `collision`. No episode is better than `optimal_return()`.
+    Observation: `(2,)`, the position in the arena `[-1.5, 1.5]^2`. Action: `(2,)` in `[-1, 1]^2`, a displacement in
+    units of `MAX_STEP`, of length at most 1. Reward: `-MAX_STEP` a step, so the return is minus the way that could
+    have been travelled, and `-COLLISION_PENALTY` more for touching the obstacle. The episode terminates at the goal
+    and in the obstacle; `info` holds `success` and `collision`. No episode is better than `optimal_return()`.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (as Gymnasium has it)
@@ -183,8 +183,8 @@ class Detour(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 class DetourExpert:
     """Goes the shortest way round the obstacle, above or below with probability 1/2, chosen anew in each episode.
 
-    The way keeps `margin` clear of the obstacle: with `r = RADIUS + margin` the point heads for the goal when it sees it,
-    else along the tangent to the circle of radius `r` on its side, and outwards when it has been pushed inside that
+    The way keeps `margin` clear of the obstacle: with `r = RADIUS + margin` the point heads for the goal when it sees
+    it, else along the tangent to the circle of radius `r` on its side, and outwards when it has been pushed inside that
     circle. The side of each environment is the state, held by the caller; sides are drawn from a generator that `seed`
     fixes.
     """
@@ -233,7 +233,8 @@ class DetourExpert:
         to_goal = np.asarray(GOAL) - position
         remaining = np.linalg.norm(to_goal, axis=-1, keepdims=True)
         straight = to_goal / np.maximum(remaining, MAX_STEP)
-        sees_goal = gap(position, np.broadcast_to(GOAL, position.shape)) >= self.radius
+        keep = np.minimum(self.radius, np.linalg.norm(position, axis=-1)) - 1e-9  # pushed inside: nearer is too near
+        sees_goal = gap(position, np.broadcast_to(GOAL, position.shape)) >= keep
         return np.where(sees_goal[:, None], straight, self._tangent(position, side))
 
     def _tangent(self, position: Array, side: Array) -> Array:

@@ -147,17 +147,17 @@ class PointMazeExpert:
         return place
 
     def _nodes(self, goal: Array) -> tuple[Array, Array]:
-        """Returns corners and goal, `(N, C + 1, 2)`, and the straight ways from each of them to the goal, `(N, C + 1)`."""
+        """Returns corners and goal, `(N, C + 1, 2)`, and the straight ways from each to the goal, `(N, C + 1)`."""
         corners = np.broadcast_to(self._corners, (len(goal), *self._corners.shape))
         nodes = np.concatenate([corners, goal[:, None]], axis=1)
         return nodes, self._leg(nodes, goal[:, None])
 
     def _rest(self, to_goal: Array) -> Array:
-        """Returns the lengths `(N, C + 1)` of the shortest ways from corners and goal to the goal, over a last corner."""
+        """Returns the lengths `(N, C + 1)` of the shortest ways from corners and goal to the goal."""
         last = self._ways + to_goal[:, None, :-1]
         return np.concatenate([last.min(-1, initial=np.inf), np.zeros((len(to_goal), 1))], axis=-1)
 
-    def _xy(self, row_column: Array) -> Array:
+    def _xy(self, row_column: NDArray[Any]) -> Array:
         return self._top_left + self.scale * row_column[:, ::-1] * DOWN
 
     def _find_corners(self) -> Array:
@@ -170,7 +170,7 @@ class PointMazeExpert:
         return self._xy(points + 1.0) + self.clearance * away
 
     def _leg(self, a: Array, b: Array) -> Array:
-        """Returns the lengths `(...)` of straight ways from `a` to `b`, `(..., 2)`; through a thickened wall, infinity."""
+        """Returns the lengths `(...)` of straight ways from `a` to `b`, `(..., 2)`; infinite through a thick wall."""
         half = self.scale / 2 + self.clearance - 1e-6
         a, b = a[..., None, :], b[..., None, :]
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -5,8 +5,8 @@ process
 
     n_0 = std xi_0,    n_k = c n_{k-1} + std sqrt(1 - c^2) xi_k,    xi_k ~ N(0, I),
 
-so `n` has standard deviation `std` at each step and autocorrelation `c^j` at a lag of `j` steps; `c = 0` is white noise.
-The idea is that of Laskey et al. (2017), "DART: Noise injection for robust imitation learning".
+so `n` has standard deviation `std` at each step and autocorrelation `c^j` at a lag of `j` steps; `c = 0` is white
+noise. The idea is that of Laskey et al. (2017), "DART: Noise injection for robust imitation learning".
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ STREAM = 0x4E01  # tells the noise's random numbers from those of an environment
 class ActionNoise(gym.Wrapper[Any, NDArray[Any], Any, NDArray[Any]], gym.utils.RecordConstructorArgs):
     """Adds noise to the executed action and clips it to the box; `info["executed_action"]` tells what was executed.
 
-    The noise is drawn from `reset(seed=...)`: the same seed gives the same noise. A reset without a seed goes on drawing
-    from the former generator. The environment's own random numbers are not touched.
+    The noise is drawn from `reset(seed=...)`: the same seed gives the same noise. A reset without a seed goes on
+    drawing from the former generator. The environment's own random numbers are not touched.
 
     Example:
         >>> env = ActionNoise(gym.make("diffpolicy_envs:Detour-v0"), std=0.2, correlation=0.8)

@@ -86,9 +86,6 @@ def test_a_disk_full_after_some_bytes_of_the_state_leaves_the_former_checkpoint_
     assert_loadable(tmp_path, state_of=later, policy_of=later)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="train.checkpoint lets safetensors' own error through: catch SafetensorError too"
-)
 @pytest.mark.parametrize("size", [0, 10_000])
 def test_a_disk_full_while_the_policy_is_written_leaves_the_former_policy_beside_the_new_state(
     tmp_path, monkeypatch, size

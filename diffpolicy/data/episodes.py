@@ -216,6 +216,8 @@ def from_list(episodes: Sequence[Episode], meta: Mapping[str, Any] | None = None
 
 def split(episodes: Episodes, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split by episode: indices of training and validation, the latter `round(fraction * E)` but never all."""
+    if not 0 <= fraction < 1:
+        raise DatasetError(f"the validation fraction is {fraction}; give a number from 0 to less than 1")
     order = np.random.default_rng(seed).permutation(len(episodes))
     held_out = min(round(fraction * len(episodes)), len(episodes) - 1)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -1,9 +1,11 @@
 """Spec: every size that the rest depends on, made once from the episodes and the arguments; refuses what cannot work.
 
-history of To observations        predicted chunk of Tp actions
-o o                               index 0 ........ To-1 .......... Tp-1
-step-1, step                      action of step-1  step  ...
-                                                    |<---- Ta ---->| executed: chunk[To-1 : To-1+Ta]
+    history of To observations        predicted chunk of Tp actions
+    o o                               index 0 ........ To-1 .......... Tp-1
+    step-1, step                      action of step-1  step  ...
+                                                        |<---- Ta ---->|    executed: chunk[To-1 : To-1+Ta]
+
+A history ends at the current step, so element `To-1` of a chunk is the action of the current step.
 """
 
 from collections.abc import Mapping

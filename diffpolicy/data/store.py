@@ -28,7 +28,7 @@ def save(episodes: Episodes, path: str | Path) -> Path:
     """Write a store; an existing one at `path` is replaced.
 
     Raises:
-        DatasetError: if `path` exists and is not a store, or a name cannot be a file name.
+        DatasetError: if `path` exists and is not a store, a name cannot be a file name, or the disk is full.
     """
     path = Path(path)
     if path.exists() and not is_store(path):
@@ -40,6 +40,8 @@ def save(episodes: Episodes, path: str | Path) -> Path:
         if path.exists():
             path.rename(former)
         temporary.rename(path)
+    except OSError as error:
+        raise DatasetError(f"{path} could not be written ({error}); free some space, or give another path") from error
     finally:
         if former.exists() and not path.exists():
             former.rename(path)

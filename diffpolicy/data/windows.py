@@ -40,6 +40,11 @@ def _tensor(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
 
 
+def _single(rows: torch.Tensor) -> torch.Tensor:
+    # Cast here and not when the arrays are taken in: a memory-mapped store must not be copied.
+    return rows.float() if rows.dtype == torch.float64 else rows
+
+
 class Windows:
     """Every step of every episode as a window.
 
@@ -103,13 +108,13 @@ class Windows:
 
         n = torch.minimum(self.horizon_end[episode] - step, row.new_tensor(self.n_step)).clamp(min=0)
         ahead = torch.arange(self.n_step, device=row.device)
-        rewards = self.reward[(row[:, None] + ahead).clamp(max=len(self.reward) - 1)]
+        rewards = _single(self.reward[(row[:, None] + ahead).clamp(max=len(self.reward) - 1)])
         inside = ahead < n[:, None]
         ended = self.terminated[episode] & (step + n == length)
         chunk = step[:, None] + torch.arange(self.spec.horizon, device=row.device) - (self.spec.n_obs_steps - 1)
         return Batch(
             obs=self._history(first_obs, step),
-            action=self.action[first_action[:, None] + torch.minimum(chunk.clamp(min=0), length[:, None] - 1)],
+            action=_single(self.action[first_action[:, None] + torch.minimum(chunk.clamp(min=0), length[:, None] - 1)]),
             valid=(chunk >= 0) & (chunk < length[:, None]),
             reward=(rewards * self.powers[:-1] * inside).sum(-1),
             next_obs=self._history(first_obs, step + n),
@@ -119,4 +124,4 @@ class Windows:
     def _history(self, first: torch.Tensor, step: torch.Tensor) -> Obs:
         back = torch.arange(1 - self.spec.n_obs_steps, 1, device=step.device)
         rows = first[:, None] + (step[:, None] + back).clamp(min=0)
-        return {name: array[rows] for name, array in self.obs.items()}
+        return {name: _single(array[rows]) for name, array in self.obs.items()}

@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_at_the_nth_array_leaves_the_former_store_and_nothin
         save(path, array, **options)
 
     monkeypatch.setattr(np, "save", failing)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DatasetError, match="No space left"):
         store.save(make_episodes(1), tmp_path / "demos")
     assert len(calls) == call
     assert contents(tmp_path) == before
@@ -138,7 +138,7 @@ def test_a_store_that_cannot_be_moved_into_its_place_leaves_the_former_one(tmp_p
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(PermissionError):
+    with pytest.raises(DatasetError, match="Permission denied"):
         store.save(make_episodes(1), tmp_path / "demos")
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["demos"]

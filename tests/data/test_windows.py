@@ -104,3 +104,18 @@ def test_only_takes_windows_of_the_named_episodes():
     windows = Windows(data, Spec({"obs": (3,)}, 2, 1, 1, 1), only=np.array([0, 2]))
     assert windows.rows is not None
     assert windows.rows.tolist() == [0, 1, 5, 6]
+
+
+def test_float64_data_is_gathered_as_float32():
+    data = make_episodes([3, 2], [True, False], [True, True])
+    wide = Episodes(
+        {"obs": data.obs["obs"].astype(np.float64)},
+        data.action.astype(np.float64),
+        data.reward.astype(np.float64),
+        data.length,
+        data.terminated,
+        data.truncated,
+    )
+    batch = Windows(wide, Spec({"obs": (3,)}, 2, 1, 1, 1)).gather(torch.arange(5))
+    assert {batch.obs["obs"].dtype, batch.action.dtype, batch.reward.dtype} == {torch.float32}
+    np.testing.assert_array_equal(batch.action[:, 0], data.action)

@@ -31,6 +31,7 @@ from diffpolicy.diffusion.schedule import Cosine
 PREDICTIONS = {"epsilon": epsilon, "sample": sample, "v_prediction": v_prediction}
 SHAPE = (16, 8, 2)
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 every_prediction = pytest.mark.parametrize("name", PREDICTIONS)
 clipped_or_not = pytest.mark.parametrize("clip", [False, True], ids=["unclipped", "clipped"])
 

@@ -5,6 +5,7 @@ deterministic sampler has an exact answer; every step is linear, so a stochastic
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_legs_join_up_from_time_1_to_clean_data_in_equal_steps(schedule: Schedul
     assert len(path) == steps
     assert (path[0].t, path[0].alpha, path[0].sigma) == (1.0, *schedule(1.0))
     assert (path[-1].s, path[-1].alpha_s, path[-1].sigma_s) == (0.0, 1.0, 0.0)
-    for leg, following in zip(path[:-1], path[1:], strict=True):
+    for leg, following in pairwise(path):
         assert (leg.s, leg.alpha_s, leg.sigma_s) == (following.t, following.alpha, following.sigma)
     assert [leg.t - leg.s for leg in path] == pytest.approx([1 / steps] * steps)
 
@@ -98,7 +99,7 @@ def test_between_times_0_9_and_0_1_ddim_has_order_1_and_heun_and_dpm_pp_2m_order
     for count in COUNTS:
         times = [0.9 - 0.8 * i / count for i in range(count + 1)]
         x, memory = on_the_flow(schedule, z, 0.9), None
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             x, memory = DETERMINISTIC[name].step(exact, x, Leg(t, *schedule(t), s, *schedule(s)), None, memory)
         errors.append(rms(x - on_the_flow(schedule, z, 0.1)))
     assert order(errors, COUNTS) == pytest.approx(ORDER[name], abs=0.1)
