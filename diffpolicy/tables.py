@@ -65,14 +65,14 @@ class Task:
     noise: tuple[float, float] = (0.0, 0.0)
 
 
-def _maze(env_id: str, denoiser: DenoiserConfig, steps: int) -> Task:
+def _maze(env_id: str, denoiser: DenoiserConfig, steps: int, speed: float) -> Task:
     bc = BcConfig(denoiser=denoiser, learning_rate=1e-3, warmup_steps=200)
     return Task(
         env_id=env_id,
         env_kwargs={"continuing_task": False},
         success="success",
         preset=Preset(bc=bc, train=TrainConfig(steps=steps)),
-        expert=PointMazeExpert.from_env,
+        expert=lambda env: PointMazeExpert.from_env(env, speed),
         noise=(0.5, 0.9),
     )
 
@@ -93,8 +93,8 @@ TASKS: dict[str, Task] = {
         score="max_reward",
         preset=Preset(bc=BcConfig(denoiser=SMALL, learning_rate=4e-4), train=TrainConfig(steps=20_000)),
     ),
-    "pointmaze-umaze": _maze("PointMaze_UMaze-v3", TINY, 3000),
-    "pointmaze-medium": _maze("PointMaze_Medium-v3", SMALL, 12_000),
+    "pointmaze-umaze": _maze("PointMaze_UMaze-v3", TINY, 3000, speed=4.0),
+    "pointmaze-medium": _maze("PointMaze_Medium-v3", SMALL, 12_000, speed=3.0),
     "detour": Task(
         env_id="diffpolicy_envs:Detour-v0",
         success="success",

@@ -10,7 +10,7 @@
 # settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) apply as always.
 
 VENV="${VENV:-.venv}"
-STAMP="$VENV/.diffpolicy-installed" # first line: fingerprint of what was asked for; then one extra a line
+STAMP="$VENV/.diffpolicy-installed" # two lines: fingerprint and folder; then one extra a line
 
 # ensure_venv EXTRA...: make, repair or complete the environment, then enter it. Quick when there is nothing to do.
 ensure_venv() {
