@@ -5,6 +5,11 @@ import pickle
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time: a red check is then a change, not luck.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def test_decode_is_the_inverse_of_encode_up_to_rounding_for_any_mix_of_kinds(dim
     assert (error <= 4 * EPS[dtype] * (abs(data)[:, array.linear] + zero)).all()
     # An angle may come back some turns away: the same point of the circle.
     for function in (torch.cos, torch.sin):
-        assert (abs(function(decoded) - function(data))[:, array.angles] <= 8 * EPS[dtype]).all()
+        assert (abs(function(decoded) - function(data))[:, array.angles] <= 64 * EPS[dtype]).all()
 
 
 def test_encoding_a_decoded_chunk_gives_the_chunk_again_to_1e_5():
