@@ -161,11 +161,25 @@ def _train_defaults(argv: Sequence[str]) -> Any:
     """Return the defaults of `train`: those of the run to resume, else of the task."""
     out = _value_of(argv, "--out")
     if "--resume" in argv and out is not None:
-        return _from_json(TrainArgs, read_config(Path(out))["arguments"])
+        return _resumed(Path(out))
     task = get_task(_value_of(argv, "--task"))
     preset = Preset() if task is None else task.preset
     shared = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Preset)}
     return TrainArgs(dataset=tyro.MISSING, out=tyro.MISSING, **shared)
+
+
+def _resumed(run: Path) -> Any:
+    """Return the arguments of the run to resume.
+
+    Raises:
+        PolicyError: if its `config.json` does not hold them.
+    """
+    try:
+        return _from_json(TrainArgs, read_config(run)["arguments"])
+    except (KeyError, TypeError) as error:
+        raise PolicyError(
+            f"{run / 'config.json'} holds no arguments of diffpolicy train ({error!r}); start a new run"
+        ) from error
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -240,16 +254,17 @@ class EvaluateArgs:
 
 
 def _task_of(args: EvaluateArgs) -> Task:
-    """Return the task to play: the named environment, the named task, or the run's own."""
+    """Return the task to play: the environment or task named, else the run's task, else its dataset's environment."""
     if args.env is not None:
         return Task(env_id=args.env, env_kwargs=_json_object(args.env_kwargs))
-    name = args.task
-    if name is None and (args.run / "config.json").exists():
-        name = read_config(args.run)["arguments"]["task"]
-    task = get_task(name)
-    if task is None:
+    config = read_config(args.run) if (args.run / "config.json").exists() else {}
+    task = get_task(args.task or config.get("arguments", {}).get("task"))
+    if task is not None:
+        return task
+    dataset = config.get("dataset", {})
+    if not dataset.get("env_id"):
         raise PolicyError(f"{args.run} does not say which environment it is for; give --task or --env")
-    return task
+    return Task(env_id=dataset["env_id"], env_kwargs=dataset.get("env_kwargs", {}))
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def _paths(axis: Axes, episodes: Episodes, success: np.ndarray) -> None:
         colour = "C2" if success[i] else "C3"
         axis.plot(*path.T, color=colour, alpha=0.35 if success[i] else 0.9, linewidth=0.8)
         axis.plot(*path[0], ".", color="black", markersize=2)
-    axis.set(title=f"paths of {name}[0:2]: green success, red failure, dots starts", xlabel="0", ylabel="1")
+    axis.set(title="paths: green success, red failure", xlabel=f"{name}[0], dots are starts", ylabel=f"{name}[1]")
     axis.set_aspect("equal", adjustable="datalim")
 
 

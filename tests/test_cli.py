@@ -43,6 +43,19 @@ def test_collect_train_resume_evaluate_compare(tmp_path, capsys):
     assert (report["sampler"], report["nfe"]) == ("heun 3", 5)
 
 
+def test_without_a_task_a_policy_is_evaluated_in_the_environment_of_its_dataset(tmp_path, capsys):
+    demos, run = str(tmp_path / "demos"), str(tmp_path / "run")
+    assert main(["collect", "--task", "detour", "--episodes", "2", "--out", demos]) == 0
+    assert main(["train", "--dataset", demos, "--out", run, "--steps", "2", *FAST, *HORIZONS]) == 0
+    assert main(["evaluate", run, "--episodes", "1", "--no-video"]) == 0
+    assert "Detour-v0" in capsys.readouterr().out
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert main(["evaluate", run, "--episodes", "1"]) == 2
+    assert "--task or --env" in capsys.readouterr().err
+    assert main(["train", "--dataset", demos, "--out", run, "--resume"]) == 2
+    assert "start a new run" in capsys.readouterr().err
+
+
 def small_store(path, **changes) -> str:
     rng = np.random.default_rng(0)
     fields = {
