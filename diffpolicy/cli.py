@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import gymnasium
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -360,7 +359,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in VERBS:
         print(f"usage: diffpolicy {{{','.join(VERBS)}}} ...   (each with --help)", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    gymnasium.logger.min_level = gymnasium.logger.ERROR  # the packages of tasks warn about tasks nobody asked for
     try:
         VERBS[argv[0]](argv[1:])
     except (DiffPolicyError, EnvsError) as error:

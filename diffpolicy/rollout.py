@@ -8,10 +8,12 @@ reset is not recorded, nor is its action used.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
+from io import StringIO
 from typing import Any, Protocol
 
 import gymnasium
@@ -45,7 +47,8 @@ def make_env(env_id: str, **kwargs: Any) -> gymnasium.Env:
     if env_id not in gymnasium.registry and ":" not in env_id:
         for plugin in PLUGINS:
             if find_spec(plugin):
-                import_module(plugin)
+                with redirect_stderr(StringIO()):  # they print notices about tasks nobody asked for
+                    import_module(plugin)
     try:
         env = gymnasium.make(env_id, **kwargs)
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
