@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -312,7 +313,9 @@ def evaluate(argv: Sequence[str]) -> None:
 def film(policy: Policy, task: Task, seed: int, path: Path) -> str:
     """Film one episode; return the path, or why there is none."""
     try:
-        frames, fps = record(policy, task.env_id, task.env_kwargs, seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is in the error
+            frames, fps = record(policy, task.env_id, task.env_kwargs, seed)
         pictures.save_video(path, frames, fps)
     except Exception as error:  # renderers fail in many ways, none of which should cost the report
         return f"none: {str(error).splitlines()[0] if str(error) else repr(error)}"
