@@ -83,10 +83,21 @@ def make_encoder(spec: Spec) -> FlattenEncoder:
 
 
 def make_denoiser(config: DenoiserConfig, spec: Spec, normalizer: Normalizer) -> NetworkDenoiser:
-    """Return a fresh denoiser of the configured network, schedule and prediction, for the sizes of `spec`."""
+    """Return a fresh denoiser of the configured network, schedule and prediction, for the sizes of `spec`.
+
+    Raises:
+        SpecError: if a name is unknown or the network cannot have these sizes.
+    """
     cond_dim = spec.n_obs_steps * sum(normalizer[name].encoded_dim for name in spec.obs_shapes)
-    network = NETWORKS[config.network](config, spec, cond_dim)
-    return NetworkDenoiser(network, SCHEDULES[config.schedule], PREDICTIONS[config.prediction])
+    try:
+        network = NETWORKS[config.network](config, spec, cond_dim)
+        return NetworkDenoiser(network, SCHEDULES[config.schedule], PREDICTIONS[config.prediction])
+    except KeyError as error:
+        raise SpecError(
+            f"there is no network, schedule or prediction {error}; update diffpolicy or correct it"
+        ) from error
+    except ValueError as error:
+        raise SpecError(str(error)) from error
 
 
 def make_planner(denoiser: Denoiser, clip: float | None, config: SamplerConfig) -> Sample:

@@ -108,6 +108,10 @@ CASES = {
         lambda p: train_argv(small_store(p / "d"), p, "--horizon", "8", "--n-action-steps", "8"),
         "exceeds horizon 8",
     ),
+    "groups that do not divide": (
+        lambda p: train_argv(small_store(p / "d"), p, *HORIZONS, "--denoiser.groups", "3"),
+        "divisible by groups",
+    ),
     "unknown task": (lambda p: train_argv(small_store(p / "d"), p, "--task", "chess"), "no task 'chess'"),
     "observations of another task": (
         lambda p: train_argv(small_store(p / "d", obs={"x": np.zeros((12, 2), np.float32)}), p, "--task", "pusht"),

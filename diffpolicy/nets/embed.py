@@ -19,6 +19,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        if dim < 4 or dim % 2:
+            raise ValueError(f"step_embed_dim is {dim}; wanted an even number of at least 4")
         self.dim = dim
         self.net = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
 

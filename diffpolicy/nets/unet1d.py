@@ -86,7 +86,7 @@ class UNet1d(nn.Module):
         step_embed_dim: int = 256,
     ) -> None:
         super().__init__()
-        if not down_dims or any(dim % groups for dim in down_dims) or kernel_size % 2 == 0:
+        if not down_dims or groups < 1 or any(dim < 1 or dim % groups for dim in down_dims) or kernel_size % 2 == 0:
             raise ValueError(
                 f"got down_dims {tuple(down_dims)}, groups {groups}, kernel_size {kernel_size}; "
                 "wanted every entry of down_dims divisible by groups, and an odd kernel_size"

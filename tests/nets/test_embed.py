@@ -54,3 +54,9 @@ def test_the_module_is_linear_mish_linear_over_the_sines():
     hidden = hidden * torch.tanh(torch.log1p(hidden.exp()))
     assert hidden.shape == (4, 64)
     assert (module(t) - (hidden @ second.weight.T + second.bias)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dim", [0, 2, 7])
+def test_an_embedding_without_room_for_sine_and_cosine_of_two_frequencies_is_refused(dim):
+    with pytest.raises(ValueError, match="even number of at least 4"):
+        TimeEmbedding(dim)
