@@ -22,8 +22,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.errors import MissingExtraError, SpecError
+from diffpolicy.policy import BOX_NAME
 
-BOX_NAME = "obs"
 PLUGINS = ("gymnasium_robotics", "gym_pusht")
 
 
