@@ -17,14 +17,13 @@ from diffpolicy import pictures
 from diffpolicy import train as training
 from diffpolicy.agents.bc import BcConfig
 from diffpolicy.data import store
-from diffpolicy.data.episodes import Episodes, from_list
 from diffpolicy.data.sources import load
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import DatasetError, DiffPolicyError, PolicyError, SpecError
-from diffpolicy.evaluate import PARALLEL, bootstrap, evaluate_progress, outcomes, summarise, wilson
+from diffpolicy.evaluate import PARALLEL, bootstrap, outcomes, play_unseen, summarise, wilson
 from diffpolicy.evaluate import compare as compare_reports
 from diffpolicy.policy import Policy
-from diffpolicy.rollout import play, provenance, record
+from diffpolicy.rollout import record, rollout
 from diffpolicy.tables import AGENTS, Preset, Task, demonstrator, get_task, noisy_envs, prepare
 from diffpolicy.train import TrainConfig
 from diffpolicy_envs import EnvsError, load_sb3_agent
@@ -85,20 +84,18 @@ def collect(argv: Sequence[str]) -> None:
     else:
         actor = load_sb3_agent(args.sb3_agent, trust_pickle=args.trust_pickle)
     envs = noisy_envs(task, min(args.episodes, PARALLEL), noise)
-    played = {}
     with progress_bar() as bar:
         row = bar.add_task("collecting", total=args.episodes)
-        for k, episode in play(actor, envs, args.episodes, args.seed):
-            played[k] = episode
-            bar.update(row, completed=len(played))
-    meta = {
-        **provenance(envs, args.seed),
+        episodes = rollout(
+            actor, envs, args.episodes, args.seed, on_episode=lambda done: bar.update(row, completed=done)
+        )
+    envs.close()
+    made_by = {
         "actor": str(args.sb3_agent or type(actor).__name__),
         "noise": {"std": noise[0], "correlation": noise[1]},
         "versions": training.versions(),
     }
-    envs.close()
-    episodes = from_list([played[k] for k in range(args.episodes)], meta=meta)
+    episodes = dataclasses.replace(episodes, meta={**episodes.meta, **made_by})
     store.save(episodes, args.out)
     print(f"{len(episodes)} episodes, {episodes.steps} steps: {args.out}")
     print(f"  return       {bootstrap(episodes.returns)}")
@@ -291,16 +288,18 @@ def evaluate(argv: Sequence[str]) -> None:
         raise SpecError(f"--episodes is {args.episodes}; give at least 1")
     policy = load_policy(args.run, args.device, args.sampler, args.steps)
     task = _task_of(args)
-    played = None
     with progress_bar() as bar:
         row = bar.add_task("evaluating", total=args.episodes)
-        for played in evaluate_progress(
-            policy, task.env_id, task.env_kwargs, args.episodes, args.seed, args.asynchronous
-        ):
-            bar.update(row, completed=played if isinstance(played, int) else args.episodes)
-    assert isinstance(played, Episodes)
-    success = task.success or next((name for name in ("success", "is_success") if name in played.info), None)
-    report = summarise(policy, played, training.versions(), success, task.score, task.reference)
+        played = play_unseen(
+            policy,
+            task.env_id,
+            task.env_kwargs,
+            args.episodes,
+            args.seed,
+            args.asynchronous,
+            on_episode=lambda done: bar.update(row, completed=done),
+        )
+    report = summarise(policy, played, training.versions(), task.success, task.score, task.reference)
     out = args.out or args.run / "eval"
     path = report.save(out)
     pictures.evaluation(report.to_json(), played).savefig(out / "episodes.png", dpi=120)

@@ -6,7 +6,7 @@ seed `seed + k` and gets the same noise, so two policies are compared pair by pa
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffpolicy.data.episodes import Episodes, from_list
+from diffpolicy.data.episodes import Episodes
 from diffpolicy.errors import DatasetError, SpecError
 from diffpolicy.policy import Policy
-from diffpolicy.rollout import Actor, make_envs, play, provenance
+from diffpolicy.rollout import Actor, make_envs, rollout
 
 RESAMPLES = 10_000
 PARALLEL = 32
@@ -183,24 +183,25 @@ def plan_latency(policy: Policy) -> dict[str, float]:
     return {"p50": float(p50), "p99": float(p99)}
 
 
-def evaluate_progress(
+def play_unseen(
     actor: Actor,
     env_id: str,
-    env_kwargs: Mapping[str, Any] | None = None,
-    episodes: int = 100,
-    seed: int = 100_000,
+    env_kwargs: Mapping[str, Any] | None,
+    episodes: int,
+    seed: int,
     asynchronous: bool = False,
-) -> Iterator[int | Episodes]:
-    """Yield the number of episodes done after each, and at last all of them in the order of their seeds."""
+    on_episode: Callable[[int], object] = lambda done: None,
+) -> Episodes:
+    """Play episodes on seeds `seed, seed + 1, ...`; `on_episode` hears how many are done.
+
+    Raises:
+        PolicyError: if the policy's sizes differ from the environment's.
+    """
     envs = make_envs(env_id, min(episodes, PARALLEL), env_kwargs, asynchronous)
     try:
         if isinstance(actor, Policy):
             actor.check_spaces(envs.single_observation_space, envs.single_action_space)
-        played = {}
-        for k, episode in play(actor, envs, episodes, seed):
-            played[k] = episode
-            yield len(played)
-        yield from_list([played[k] for k in range(episodes)], meta=provenance(envs, seed))
+        return rollout(actor, envs, episodes, seed, on_episode=on_episode)
     finally:
         envs.close()
 
@@ -213,7 +214,11 @@ def summarise(
     score: str | None = None,
     reference: str | None = None,
 ) -> Report:
-    """Reduce played episodes to a report; see `outcomes` for the arguments."""
+    """Reduce played episodes to a report; see `outcomes` for the arguments.
+
+    Where no success is named, an `info` value called `success` or `is_success` is it.
+    """
+    success = success or next((name for name in ("success", "is_success") if name in episodes.info), None)
     found = outcomes(episodes, success, score, reference)
     policy = actor if isinstance(actor, Policy) else None
     sampler = policy.sampler_config if policy else None
@@ -263,10 +268,7 @@ def evaluate(
     Raises:
         PolicyError: if the policy's sizes differ from the environment's.
     """
-    *_, played = evaluate_progress(actor, env_id, env_kwargs, episodes, seed)
-    assert isinstance(played, Episodes)
-    if success is None:
-        success = next((name for name in ("success", "is_success") if name in played.info), None)
+    played = play_unseen(actor, env_id, env_kwargs, episodes, seed)
     return summarise(actor, played, {"torch": str(torch.__version__)}, success, score, reference)
 
 

@@ -143,10 +143,20 @@ def _seeds(first: int, episode: np.ndarray) -> Any:
     return [first + int(k) for k in episode]  # vector environments take a list, which their base class does not say
 
 
-def rollout(actor: Actor, envs: VectorEnv, episodes: int, seed: int, deterministic: bool = True) -> Episodes:
-    """Play `episodes` episodes and return them in the order of their seeds."""
-    played = dict(play(actor, envs, episodes, seed, deterministic))
-    return from_list([played[k] for k in range(episodes)], meta=provenance(envs, seed))
+def rollout(
+    actor: Actor,
+    envs: VectorEnv,
+    episodes: int,
+    seed: int,
+    deterministic: bool = True,
+    on_episode: Callable[[int], object] = lambda done: None,
+) -> Episodes:
+    """Play `episodes` episodes and return them in the order of their seeds; `on_episode` hears how many are done."""
+    played: dict[int, Episode] = {}
+    for k, episode in play(actor, envs, episodes, seed, deterministic):
+        played[k] = episode
+        on_episode(len(played))
+    return from_list([played[k] for k in range(episodes)], meta=_provenance(envs, seed))
 
 
 def record(
@@ -171,7 +181,7 @@ def _frame(env: gymnasium.Env) -> np.ndarray:
     return np.asarray(env.render())
 
 
-def provenance(envs: VectorEnv, seed: int) -> dict[str, Any]:
+def _provenance(envs: VectorEnv, seed: int) -> dict[str, Any]:
     """Return what identifies the environments of a rollout, as JSON values."""
     seeded = envs.metadata.get("autoreset_mode") == AutoresetMode.DISABLED
     return {

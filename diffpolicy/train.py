@@ -190,12 +190,12 @@ def train(
         description: what goes into `config.json`, JSON values.
     """
     run.mkdir(parents=True, exist_ok=True)
-    write_atomically(run / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
     kept, held_out = split(episodes, config.validation_fraction, config.seed)
     windows = Windows(episodes, agent.spec, device=agent.device, only=kept)
     validation = Windows(episodes, agent.spec, device=agent.device, only=held_out if len(held_out) else kept[:1])
     if (run / "checkpoint" / "state.pt").exists():
         restore(agent, run)
+    write_atomically(run / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
     _forget_after(run / "metrics.jsonl", agent.step)
     with SummaryWriter(str(run), purge_step=agent.step) as board, (run / "metrics.jsonl").open("a") as log:
         for step, metrics in fit(agent, windows, config, run):

@@ -116,10 +116,12 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_sentence(tmp_path):
     episodes = make_episodes()
     config = TrainConfig(steps=2, batch_size=8)
     run(make_agent(episodes, 2), episodes, config, tmp_path)
+    (tmp_path / "config.json").write_text("what made it")
     other = make_agent(episodes, 2, config=BcConfig(DenoiserConfig(down_dims=(8, 16), kernel_size=3)))
     with pytest.raises(PolicyError, match="cannot be resumed") as error:
         run(other, episodes, config, tmp_path)
     assert "\n" not in str(error.value)
+    assert (tmp_path / "config.json").read_text() == "what made it"
 
 
 def test_padded_actions_do_not_count_in_the_loss():
