@@ -17,7 +17,7 @@ from diffpolicy.diffusion.guidance import Clipped
 from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Sample, Sampler
 from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
 from diffpolicy.errors import SpecError
-from diffpolicy.nets.encoder import FlattenEncoder
+from diffpolicy.nets.encoder import EmbeddingEncoder, FlattenEncoder
 from diffpolicy.nets.mlp import Mlp
 from diffpolicy.nets.unet1d import UNet1d
 
@@ -53,6 +53,8 @@ class DenoiserConfig:
     """U-Net: groups of each GroupNorm."""
     step_embed_dim: int = 256
     """Size of the diffusion time's embedding."""
+    obs_embed_dim: int = 0
+    """Size of a learned embedding of the observation history, beside the history itself; 0 for none."""
     hidden_dim: int = 256
     """Mlp: width."""
     depth: int = 3
@@ -77,9 +79,22 @@ class SamplerConfig:
     """Ddim only: 0 is deterministic, 1 is DDPM."""
 
 
-def make_encoder(spec: Spec) -> FlattenEncoder:
-    """Return the encoder of the observation history."""
-    return FlattenEncoder(tuple(spec.obs_shapes))
+def make_encoder(config: DenoiserConfig, spec: Spec, normalizer: Normalizer) -> nn.Module:
+    """Return a fresh encoder of the observation history.
+
+    Raises:
+        SpecError: if the size of the embedding is negative.
+    """
+    names = tuple(spec.obs_shapes)
+    if config.obs_embed_dim < 0:
+        raise SpecError(f"obs_embed_dim is {config.obs_embed_dim}; give a size, or 0 for no embedding")
+    if config.obs_embed_dim == 0:
+        return FlattenEncoder(names)
+    return EmbeddingEncoder(names, _flat_dim(spec, normalizer), config.obs_embed_dim)
+
+
+def _flat_dim(spec: Spec, normalizer: Normalizer) -> int:
+    return spec.n_obs_steps * sum(normalizer[name].encoded_dim for name in spec.obs_shapes)
 
 
 def make_denoiser(config: DenoiserConfig, spec: Spec, normalizer: Normalizer) -> NetworkDenoiser:
@@ -88,7 +103,7 @@ def make_denoiser(config: DenoiserConfig, spec: Spec, normalizer: Normalizer) ->
     Raises:
         SpecError: if a name is unknown or the network cannot have these sizes.
     """
-    cond_dim = spec.n_obs_steps * sum(normalizer[name].encoded_dim for name in spec.obs_shapes)
+    cond_dim = _flat_dim(spec, normalizer) + config.obs_embed_dim
     try:
         network = NETWORKS[config.network](config, spec, cond_dim)
         return NetworkDenoiser(network, SCHEDULES[config.schedule], PREDICTIONS[config.prediction])

@@ -12,8 +12,7 @@ normalizer). Loading executes nothing.
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffpolicy.data.files import write_atomically
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.denoiser import NetworkDenoiser
 from diffpolicy.errors import PolicyError
-from diffpolicy.nets.encoder import FlattenEncoder
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, make_planner
 
-FORMAT = 1
+FORMAT = 2  # 2: `obs_embed_dim`
 BOX_NAME = "obs"
 
 Obs = Mapping[str, np.ndarray] | np.ndarray
@@ -70,7 +69,7 @@ class Policy(nn.Module):
         self,
         spec: Spec,
         normalizer: Normalizer,
-        encoder: FlattenEncoder,
+        encoder: nn.Module,
         denoiser: NetworkDenoiser,
         denoiser_config: DenoiserConfig,
         sampler_config: SamplerConfig,
@@ -266,9 +265,8 @@ class Policy(nn.Module):
             denoiser_config = DenoiserConfig(**_tuples(description["denoiser"]))
             sampler_config = SamplerConfig(**description["sampler"])
             denoiser = make_denoiser(denoiser_config, spec, normalizer)
-            policy = cls(
-                spec, normalizer, make_encoder(spec), denoiser, denoiser_config, sampler_config, description["seed"]
-            )
+            encoder = make_encoder(denoiser_config, spec, normalizer)
+            policy = cls(spec, normalizer, encoder, denoiser, denoiser_config, sampler_config, description["seed"])
         except (KeyError, TypeError, AttributeError) as error:
             raise PolicyError(
                 f"{folder / 'policy.json'} does not describe a policy ({error!r}); save it again"
@@ -298,16 +296,6 @@ class Policy(nn.Module):
 
 
 PARTS = ("normalizer", "encoder", "denoiser")
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)`, then move the file to `path`; what was there stays until then."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

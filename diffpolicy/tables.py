@@ -5,7 +5,7 @@ and a preset that is known to work. Only this module and the command line import
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium
@@ -91,7 +91,10 @@ TASKS: dict[str, Task] = {
         kinds={"obs": ("limits", "limits", "limits", "limits", "angle")},
         success="is_success",
         score="max_reward",
-        preset=Preset(bc=BcConfig(denoiser=SMALL, learning_rate=4e-4), train=TrainConfig(steps=20_000)),
+        preset=Preset(
+            bc=BcConfig(denoiser=replace(SMALL, obs_embed_dim=128), learning_rate=4e-4),
+            train=TrainConfig(steps=32_000),
+        ),
     ),
     "pointmaze-umaze": _maze("PointMaze_UMaze-v3", TINY, 3000, speed=4.0),
     "pointmaze-medium": _maze("PointMaze_Medium-v3", SMALL, 12_000, speed=3.0),

@@ -33,10 +33,14 @@ def make_policy(device: str = "cpu", sampler: str = "ddim", steps: int = 4, seed
     episodes = from_list([episode])
     spec = Spec.from_episodes(episodes, horizon=8, n_obs_steps=2, n_action_steps=3)
     normalizer = Normalizer.fit(episodes, {"pose": ("limits", "limits", "angle")})
-    config = DenoiserConfig(down_dims=(16, 32), kernel_size=3, step_embed_dim=16, prediction="v_prediction")
+    config = DenoiserConfig(
+        down_dims=(16, 32), kernel_size=3, step_embed_dim=16, obs_embed_dim=8, prediction="v_prediction"
+    )
     torch.manual_seed(0)
     denoiser = make_denoiser(config, spec, normalizer)
-    policy = Policy(spec, normalizer, make_encoder(spec), denoiser, config, SamplerConfig(sampler, steps), seed)
+    policy = Policy(
+        spec, normalizer, make_encoder(config, spec, normalizer), denoiser, config, SamplerConfig(sampler, steps), seed
+    )
     return policy.to(device)
 
 

@@ -17,7 +17,6 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch
 from diffpolicy.diffusion.denoiser import NetworkDenoiser
 from diffpolicy.nets.ema import Ema
-from diffpolicy.nets.encoder import FlattenEncoder
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
 from diffpolicy.policy import Policy
 
@@ -51,7 +50,7 @@ class BcConfig:
 class Imitator(nn.Module):
     """What is trained: the encoder of the observations and the denoiser of the actions."""
 
-    def __init__(self, encoder: FlattenEncoder, denoiser: NetworkDenoiser) -> None:
+    def __init__(self, encoder: nn.Module, denoiser: NetworkDenoiser) -> None:
         super().__init__()
         self.encoder = encoder
         self.denoiser = denoiser
@@ -87,7 +86,8 @@ class Bc:
         self.normalizer = normalizer.to(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            encoder, denoiser = make_encoder(spec), make_denoiser(config.denoiser, spec, normalizer)
+            encoder = make_encoder(config.denoiser, spec, normalizer)
+            denoiser = make_denoiser(config.denoiser, spec, normalizer)
         self.model = Imitator(encoder, denoiser).to(self.device)
         self.ema = Ema(self.model, config.ema_power)
         self.optimizer = torch.optim.AdamW(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffpolicy.nets.encoder import FlattenEncoder
+from diffpolicy.nets.encoder import EmbeddingEncoder, FlattenEncoder
 
 
 def test_two_names_over_two_steps_lie_step_by_step_and_within_a_step_in_the_given_order():
@@ -36,3 +36,14 @@ def test_a_missing_name_is_an_error_that_names_it():
 
 def test_it_has_no_weights_and_no_state():
     assert FlattenEncoder(["obs"]).state_dict() == {}
+
+
+def test_the_embedding_stands_behind_the_flat_history_and_is_two_layers_of_it():
+    torch.manual_seed(0)
+    encoder, obs = EmbeddingEncoder(["b", "a"], 6, 4), {"a": torch.randn(3, 2, 1), "b": torch.randn(3, 2, 2)}
+    flat = FlattenEncoder(["b", "a"])(obs)
+    first, _, second = encoder.net
+    hidden = torch.nn.functional.linear(flat, first.weight, first.bias)
+    hidden = hidden * torch.tanh(torch.log1p(hidden.exp()))
+    wanted = torch.cat([flat, torch.nn.functional.linear(hidden, second.weight, second.bias)], dim=-1)
+    torch.testing.assert_close(encoder(obs), wanted)
