@@ -28,11 +28,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from diffpolicy import pictures
 from diffpolicy.data.episodes import Episodes, split
+from diffpolicy.data.files import write_atomically
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import DatasetError, PolicyError, TrainingError
-from diffpolicy.policy import Policy, write_atomically
+from diffpolicy.policy import Policy
 
 Metrics = dict[str, float]
 VALIDATION_WINDOWS = 512
@@ -121,13 +122,29 @@ class Order:
         return self.permutation
 
 
+class WeightedOrder:
+    """Which windows make batch `step`, drawn by their weights: a function of (seed, step) only."""
+
+    def __init__(self, weight: torch.Tensor, batch_size: int, seed: int) -> None:
+        self.cumulative, self.batch_size, self.seed = weight.cumsum(0), batch_size, seed
+
+    def __call__(self, step: int) -> torch.Tensor:
+        """Indices `(batch_size,)` of one step."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)
+        u = torch.rand(self.batch_size, generator=generator, dtype=torch.float64) * self.cumulative[-1]
+        return torch.searchsorted(self.cumulative, u, right=True).clamp(max=len(self.cumulative) - 1)
+
+
 def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = None) -> Iterator[tuple[int, Metrics]]:
     """Train from `agent.step` to `config.steps`; yield metrics every `log_every` steps and at the last.
 
     Raises:
         TrainingError: if the loss is not a number; the batch is saved in `run`.
     """
-    order = Order(len(windows), config.batch_size, config.seed)
+    if windows.weight is None:
+        order = Order(len(windows), config.batch_size, config.seed)
+    else:
+        order = WeightedOrder(windows.weight, config.batch_size, config.seed)
     last, clock = agent.step, time.perf_counter()
     while agent.step < config.steps:
         batch = agent.normalizer.encode(windows.gather(order(agent.step)))

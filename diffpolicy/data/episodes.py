@@ -13,8 +13,8 @@ store the observation after the last action get a copy of the one before, and `h
 left out of bootstrapping.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,9 +56,11 @@ class Episodes:
         info: further per-step arrays, `{name: (N, ...)}`.
         has_final: whether the observation after the last action was recorded, `(E,)` bool; all True if None.
         meta: provenance, plain JSON values (who acted, versions, seeds, environment).
+        weight: how likely training takes one window of the episode, relative to others, `(E,)`; None for all alike.
 
     Raises:
-        DatasetError: if there is no episode, shapes disagree, or an array holds anything but finite numbers.
+        DatasetError: if there is no episode, shapes disagree, or an array in memory holds anything but finite numbers
+            (a memory-mapped one is checked where it is first read whole, by `Normalizer.fit`).
     """
 
     obs: Mapping[str, np.ndarray]
@@ -70,15 +72,22 @@ class Episodes:
     info: Mapping[str, np.ndarray] = field(default_factory=dict)
     has_final: np.ndarray | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    weight: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.has_final is None:
             object.__setattr__(self, "has_final", np.ones(len(self.length), dtype=bool))
         self._check_lengths()
         self._check_shapes()
+        for name, array in self.arrays().items():
+            _check_numbers(name, array)
+            if not isinstance(array, np.memmap):
+                check_finite(name, array)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array that training reads, by the name that errors give it."""
         obs = {f"obs {name!r}": array for name, array in self.obs.items()}
-        for name, array in {**obs, "action": self.action, "reward": self.reward}.items():
-            _check_finite(name, array)
+        return {**obs, "action": self.action, "reward": self.reward}
 
     def _check_lengths(self) -> None:
         if self.length.ndim != 1 or (len(self.length) and self.length.dtype.kind not in "iu"):
@@ -105,6 +114,12 @@ class Episodes:
         _check_rows({"reward": self.reward}, n, "one number a step", ndim=1)
         ends = {name: getattr(self, name) for name in ("terminated", "truncated", "has_final")}
         _check_rows(ends, e, "one an episode", ndim=1)
+        if self.weight is not None:
+            _check_rows({"weight": self.weight}, e, "one an episode", ndim=1)
+            if not (np.all(np.isfinite(self.weight)) and np.all(self.weight >= 0) and np.any(self.weight > 0)):
+                raise DatasetError(
+                    "the weights of the episodes are not numbers of at least 0 with one above; correct them"
+                )
 
     def __len__(self) -> int:
         """Return the number of episodes."""
@@ -139,7 +154,8 @@ class Episodes:
 
     def select(self, index: Sequence[int] | np.ndarray) -> "Episodes":
         """Copy some episodes, in the order given."""
-        return from_list([self[int(i)] for i in index], meta=self.meta)
+        chosen = from_list([self[int(i)] for i in index], meta=self.meta)
+        return replace(chosen, weight=None if self.weight is None else np.asarray(self.weight)[np.asarray(index)])
 
     def rename(self, names: Mapping[str, str]) -> "Episodes":
         """Keep and rename observations: `{new name: old name}`, without copying.
@@ -150,11 +166,7 @@ class Episodes:
         for old in names.values():
             if old not in self.obs:
                 raise DatasetError(f"there is no observation {old!r} in the dataset; it has {sorted(self.obs)}")
-        obs = {new: self.obs[old] for new, old in names.items()}
-        return Episodes(
-            obs, self.action, self.reward, self.length, self.terminated, self.truncated, self.info, self.has_final,
-            self.meta,
-        )  # fmt: skip
+        return replace(self, obs={new: self.obs[old] for new, old in names.items()})
 
     @cached_property
     def returns(self) -> np.ndarray:
@@ -170,18 +182,27 @@ def _check_rows(arrays: Mapping[str, np.ndarray], rows: int, why: str, ndim: int
             )
 
 
-def _check_finite(name: str, array: np.ndarray) -> None:
+def _check_numbers(name: str, array: np.ndarray) -> None:
     if array.dtype.kind not in "fiub":
         raise DatasetError(f"{name} has type {array.dtype}; wanted numbers: convert it or leave it out")
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Refuse an array with a value that is no finite number, block by block.
+
+    Raises:
+        DatasetError: with the first such value and its row.
+    """
     if array.dtype.kind != "f":
         return
     for row in range(0, len(array), CHECK_ROWS):
-        finite = np.isfinite(array[row : row + CHECK_ROWS])
+        block = np.asarray(array[row : row + CHECK_ROWS])
+        finite = np.isfinite(block)
         if not finite.all():
-            bad = row + int(np.argwhere(~finite)[0][0])
+            first = np.argwhere(~finite)[0]
             raise DatasetError(
-                f"{name} holds {array[bad].ravel()[~np.isfinite(array[bad]).ravel()][0]} in row {bad}; wanted finite "
-                "numbers: remove that episode or repair the value"
+                f"{name} holds {block[tuple(first)]} in row {row + int(first[0])}; wanted finite numbers: remove that "
+                "episode or repair the value"
             )
 
 
@@ -211,6 +232,29 @@ def from_list(episodes: Sequence[Episode], meta: Mapping[str, Any] | None = None
         info={name: np.concatenate([e.info[name] for e in episodes]) for name in first.info},
         has_final=np.array([e.has_final for e in episodes], dtype=bool),
         meta=meta or {},
+    )
+
+
+def concatenate(parts: Sequence[Episodes]) -> Episodes:
+    """Join datasets with the same observations, in memory; of `info`, what all of them have.
+
+    `weight` and `meta` are not joined: what they mean together is the caller's to say.
+    """
+    first = parts[0]
+    shared = [name for name in first.info if all(name in part.info for part in parts)]
+
+    def joined(arrays: Iterable[np.ndarray | None]) -> np.ndarray:
+        return np.concatenate([array for array in arrays if array is not None])
+
+    return Episodes(
+        obs={name: joined(part.obs[name] for part in parts) for name in first.obs},
+        action=joined(part.action for part in parts),
+        reward=joined(part.reward for part in parts),
+        length=joined(part.length for part in parts),
+        terminated=joined(part.terminated for part in parts),
+        truncated=joined(part.truncated for part in parts),
+        info={name: joined(part.info[name] for part in parts) for name in shared},
+        has_final=joined(part.has_final for part in parts),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffpolicy.data.episodes import CHECK_ROWS, Episodes
+from diffpolicy.data.episodes import CHECK_ROWS, Episodes, check_finite
 from diffpolicy.data.windows import Batch
 from diffpolicy.errors import DatasetError
 
@@ -117,8 +117,9 @@ class Normalizer(nn.Module):
                 "use limits, or sample without clipping"
             )
         normalizer = cls(full)
+        check_finite("reward", episodes.reward)
         for name, array in arrays.items():
-            _fit(normalizer[name], array)
+            _fit(normalizer[name], name, array)
         return normalizer
 
     def encode_obs(self, obs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -155,8 +156,10 @@ def _per_dimension(name: str, kind: Kinds, size: int) -> list[str]:
     return kinds
 
 
-def _fit(array: ArrayNormalizer, data: np.ndarray) -> None:
+def _fit(array: ArrayNormalizer, name: str, data: np.ndarray) -> None:
     low, high, mean, std = _statistics(data)
+    if not np.all(np.isfinite(mean)):
+        check_finite(name, data)
     # Below this range a dimension is constant up to rounding: dividing by it would magnify noise.
     constant = high - low <= np.maximum(1e-6, 1e-5 * np.maximum(abs(low), abs(high)))
     scale, offset = np.ones_like(low), np.zeros_like(low)

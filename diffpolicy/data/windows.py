@@ -81,6 +81,7 @@ class Windows:
         self.horizon_end = torch.where(has_final | self.terminated, self.length, self.length - 1)
         self.powers = gamma ** torch.arange(self.n_step + 1, device=device, dtype=torch.float32)
         self.rows = self._rows(require_next, only)
+        self.weight = None if episodes.weight is None else self._weights(np.asarray(episodes.weight))
 
     def _rows(self, require_next: bool, only: np.ndarray | None) -> torch.Tensor | None:
         """Return the steps that windows are taken from, None for all."""
@@ -93,6 +94,11 @@ class Windows:
         episode = torch.repeat_interleave(torch.arange(len(usable), device=usable.device), self.length)
         step = torch.arange(len(episode), device=usable.device) - self.start[episode]
         return (chosen[episode] & (step < usable[episode])).nonzero().squeeze(-1)
+
+    def _weights(self, of_episode: np.ndarray) -> torch.Tensor:
+        """Return how likely training takes each window, relative to others, `(len(self),)`."""
+        weights = torch.from_numpy(of_episode.astype(np.float64)).repeat_interleave(self.length.cpu())
+        return weights if self.rows is None else weights[self.rows.cpu()]
 
     def __len__(self) -> int:
         """Return the number of windows."""

@@ -76,8 +76,9 @@ def folder(path: Path) -> None:
 def test_what_is_no_dataset_is_refused_with_the_formats_that_are_known(tmp_path, make: Callable[[Path], object]):
     make(tmp_path / "data")
     assert refused(tmp_path / "data") == (
-        "PATH is no format this version knows; wanted a diffpolicy store (a folder with episodes.json), D4RL's HDF5 "
-        "layout, or a zarr replay buffer (data/ and meta/episode_ends)"
+        "PATH is no format this version knows; wanted a diffpolicy store (a folder with episodes.json), an HDF5 file "
+        "of D4RL's or robomimic's layout, a zarr replay buffer (data/ and meta/episode_ends), OGBench's npz, or the "
+        "folder of a LeRobot or Minari dataset"
     )
 
 
@@ -169,7 +170,7 @@ def test_whole_number_actions_are_refused_as_discrete(tmp_path, shape):
 )
 def test_what_is_no_array_of_numbers_is_refused_by_name(tmp_path, name, content):
     assert refused(make_hdf5(tmp_path / "f.hdf5", **{name: content})) == (
-        f"PATH: /{name} is not an array of numbers; wanted D4RL's layout: write it again"
+        f"PATH: /{name} is not an array of numbers; {LAYOUT}: write it again"
     )
 
 

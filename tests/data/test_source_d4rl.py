@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffpolicy.data.episodes import Episodes
-from diffpolicy.data.sources import load
+from diffpolicy.data.sources import load, save
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import DatasetError
@@ -256,3 +256,11 @@ def test_flags_and_rewards_may_be_of_any_type_and_stand_in_columns(tmp_path, fla
     data = load(write(tmp_path / "columns.hdf5", arrays))
     for name in ("action", "reward", "length", "terminated", "truncated"):
         np.testing.assert_array_equal(getattr(data, name), getattr(wanted, name))
+
+
+def test_what_is_written_in_d4rls_layout_is_what_d4rl_reads(d4rl, tmp_path, shared_data):
+    data = load(shared_data / "d4rl_style" / "hopper-mixed.hdf5").select(np.arange(40))
+    save(data, tmp_path / "d.hdf5")
+    with h5py.File(tmp_path / "d.hdf5") as file:
+        arrays = {name: file[name][:] for name in file}
+    assert_same_episodes(data, list(d4rl.sequence_dataset(make_env(), arrays)))

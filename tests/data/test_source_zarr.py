@@ -4,13 +4,14 @@ import json
 import pickle
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from diffpolicy.data.sources import load
-from diffpolicy.data.sources import zarr as source
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 from diffpolicy.errors import DatasetError, MissingExtraError
@@ -83,9 +84,21 @@ def test_images_are_left_out_unless_asked_for(tmp_path):
     image = np.arange(7 * 2 * 2 * 3, dtype=np.uint8).reshape(7, 2, 2, 3)
     path = make_buffer(tmp_path / "buffer", img=image)
     assert list(load(path).obs) == ["state"]
-    asked = source.load(path, ["img"])
-    assert list(asked.obs) == ["img"]
-    np.testing.assert_array_equal(asked.obs["img"][0], image[0].ravel())
+    asked = load(path, obs=["img", "state"])
+    assert list(asked.obs) == ["img", "state"]
+    np.testing.assert_array_equal(asked.obs["img"], image[[0, 1, 2, 2, 3, 4, 5, 6, 6]])
+    with pytest.raises(DatasetError, match=r"there is no observation 'image'; the dataset has \['img', 'state'\]"):
+        load(path, obs=["image"])
+
+
+def test_images_of_floats_from_0_to_255_become_uint8_and_others_are_refused(tmp_path):
+    image = np.arange(7 * 2 * 2 * 3, dtype=np.float32).reshape(7, 2, 2, 3)
+    data = load(make_buffer(tmp_path / "buffer", img=image), obs=["img"])
+    assert data.obs["img"].dtype == np.uint8
+    np.testing.assert_array_equal(data.obs["img"][[0, 8]], image[[0, 6]])
+    for name, bad in {"unit": image / 84, "negative": image - 1, "nan": np.where(image == 5, np.nan, image)}.items():
+        with pytest.raises(DatasetError, match=r"images in data/img range from .* wanted 0 to 255, uint8 or float"):
+            load(make_buffer(tmp_path / name, img=bad), obs=["img"])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +106,7 @@ def test_images_are_left_out_unless_asked_for(tmp_path):
     [
         ({"ends": None}, "lacks meta/episode_ends; wanted data/action"),
         ({"action": None}, "lacks data/action; wanted data/action"),
-        ({"state": None}, "no observations; give at least one"),
+        ({"state": None}, "no observations; wanted at least one"),
         ({"ends": np.array([7, 3])}, r"meta/episode_ends is \[7, 3\]...; wanted rising row numbers"),
         ({"ends": np.array([3, 3, 7])}, "wanted rising row numbers"),
         ({"ends": np.array([0, 7])}, "wanted rising row numbers"),
@@ -106,7 +119,7 @@ def test_images_are_left_out_unless_asked_for(tmp_path):
         ({"state": np.full((7, 1), np.inf)}, "obs 'state' holds inf in row 0; wanted finite numbers"),
         ({"state": np.array(["a"] * 7)}, "data/state has type <U1; wanted numbers"),
         ({"action": np.ones((7, 2), np.int64)}, "discrete action spaces are not supported"),
-        ({"other": np.float32(3)}, "data/other cannot be read"),
+        ({"other": np.float32(3)}, "data/other has type float32; wanted numbers"),
     ],
 )
 @pytest.mark.parametrize("version", [2, 3])
@@ -181,3 +194,74 @@ def test_without_the_package_zarr_the_error_says_what_to_install(tmp_path, monke
     monkeypatch.setitem(sys.modules, "zarr", None)
     with pytest.raises(MissingExtraError, match=r"needs the zarr package; pip install 'diffpolicy\[zarr\]'"):
         load(path)
+
+
+def test_a_missing_chunk_is_refused_and_not_read_as_zeros(tmp_path):
+    path = make_buffer(tmp_path / "buffer")
+    (path / "data" / "state" / "0.0").unlink()
+    with pytest.raises(DatasetError, match=r"the chunk data/state/0\.0 is missing and would read as zeros"):
+        load(path)
+
+
+def zeros_packed_by(codec: str, size: int) -> bytes:
+    from numcodecs import blosc, gzip, lz4, zlib, zstd
+
+    packers = {"gzip": gzip.GZip(), "zlib": zlib.Zlib(), "zstd": zstd.Zstd(), "lz4": lz4.LZ4()}
+    return bytes({**packers, "blosc": blosc.Blosc()}[codec].encode(np.zeros(size, np.uint8)))
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zlib", "zstd", "lz4", "blosc"])
+def test_a_chunk_of_28_bytes_that_unpacks_to_50_million_is_refused_and_one_that_does_not_is_read(tmp_path, codec):
+    path = make_buffer(tmp_path / "buffer")
+    metadata = path / "data" / "state" / ".zarray"
+    extra = {"blosc": {"cname": "lz4", "clevel": 5, "shuffle": 1, "blocksize": 0}, "lz4": {"acceleration": 1}}
+    compressor = {"id": codec, **extra.get(codec, {"level": 5})}
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"compressor": compressor, "filters": None}))
+    chunk = path / "data" / "state" / "0.0"
+    chunk.write_bytes(zeros_packed_by(codec, 28))
+    assert not load(path).obs["state"].any()
+    chunk.write_bytes(zeros_packed_by(codec, 50_000_000))
+    with pytest.raises(
+        DatasetError, match=r"the chunk data/state/0\.0 unpacks to more than its 28 bytes; do not trust"
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_zip_of_a_replay_buffer_reads_as_its_folder_does(tmp_path, version):
+    folder = make_buffer(tmp_path / "buffer", version=version)
+    archive = Path(shutil.make_archive(str(tmp_path / "buffer.zarr"), "zip", folder))
+    for name, array in load(archive).arrays().items():
+        np.testing.assert_array_equal(array, load(folder).arrays()[name])
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "data/../../outside"])
+def test_a_zip_with_a_member_outside_of_it_is_refused(tmp_path, name):
+    archive = Path(shutil.make_archive(str(tmp_path / "buffer.zarr"), "zip", make_buffer(tmp_path / "buffer")))
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(name, b"")
+    with pytest.raises(DatasetError, match=r"has a member .* outside of it; do not trust this file"):
+        load(archive)
+
+
+def test_a_zip_with_a_gigabyte_of_metadata_is_refused_before_it_is_unpacked(tmp_path):
+    archive = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(".zgroup", b" " * (17 << 20))
+    with pytest.raises(DatasetError, match=r"\.zgroup unpacks to 17825792 bytes; do not trust it"):
+        load(archive)
+
+
+def test_96_by_96_images_of_the_real_push_t_and_its_state_come_as_windows(shared_data):
+    path = shared_data / "pusht_cchi_v7_replay.zarr"
+    data = load(path, obs=["img", "state"])
+    root = zarr.open_group(str(path), mode="r")
+    spec = Spec.from_episodes(data, horizon=16, n_obs_steps=2, n_action_steps=8)
+    # Row 5000 lies within an episode, and in another chunk of the file than row 4999 need not.
+    batch = Windows(data, spec).gather(torch.tensor([5000, 0]))
+    assert batch.obs["img"].shape == (2, 2, 96, 96, 3)
+    assert batch.obs["img"].dtype == torch.uint8
+    images, state = root["data/img"][4999:5001], root["data/state"][4999:5001]
+    np.testing.assert_array_equal(batch.obs["img"][0].numpy(), np.rint(images))
+    np.testing.assert_array_equal(batch.obs["state"][0].numpy(), state)
+    np.testing.assert_array_equal(batch.obs["img"][1, 0], batch.obs["img"][1, 1])

@@ -10,88 +10,145 @@ Differences from `d4rl.qlearning_dataset`: a timeout whose next observation is k
 and a timeout is kept, as a terminal; the last row of the file is kept; an unfinished last episode is not.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from diffpolicy.data.episodes import Episodes
+from diffpolicy.data.files import write_atomically
+from diffpolicy.data.sources import hdf5
+from diffpolicy.data.sources.reading import (
+    Layout,
+    Wanted,
+    assemble,
+    blocks,
+    copy_observations,
+    copy_rows,
+    reading,
+    row_bytes,
+)
 from diffpolicy.errors import DatasetError
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
-FLAT = ("rewards", "terminals", "timeouts")
+OPTIONAL = ("timeouts", "next_observations")
+SCALARS = ("rewards", "terminals", "timeouts")
+LAYOUT = f"D4RL's {', '.join(REQUIRED)}"
 
 
-def is_hdf5(path: Path) -> bool:
-    """Whether the file begins as HDF5 does."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(8) == b"\x89HDF\r\n\x1a\n"
+def recognises(path: Path) -> bool:
+    """Whether the file has D4RL's names at its root."""
+    return hdf5.is_hdf5(path) and any(name in hdf5.names(path) for name in REQUIRED)
 
 
-def load(path: Path) -> Episodes:
+def load(path: Path, wanted: Wanted) -> Episodes:
     """Read a D4RL-style file.
 
     Raises:
         DatasetError: if the file is cut short, lacks a key, or its arrays disagree.
     """
-    arrays = _read(path)
-    _check_shapes(path, arrays)
-    n = len(arrays["observations"])
-    terminal = arrays["terminals"].astype(bool).reshape(n)
-    timeout = arrays["timeouts"].astype(bool).reshape(n) if "timeouts" in arrays else np.zeros(n, dtype=bool)
-    ends = np.flatnonzero(terminal | timeout)
+    wanted.refuse_part_and_task("D4RL's layout")
+    wanted.choose({"obs": (1,)})
+    with hdf5.opened(path) as file:
+        return _read(path, _checked(path, file), wanted)
+
+
+def _read(path: Path, data: dict[str, h5py.Dataset], wanted: Wanted) -> Episodes:
+    terminal, timeout = _flags(data, "terminals"), _flags(data, "timeouts")
+    ends = np.flatnonzero(terminal | timeout) + 1
     if len(ends) == 0:
         raise DatasetError(
             f"{path} has zero complete episodes: no row of terminals or timeouts is true; mark where each one ends"
         )
-    total = int(ends[-1]) + 1
-    return Episodes(
-        obs={"obs": _with_final_rows(arrays["observations"], arrays.get("next_observations"), ends)},
-        action=arrays["actions"][:total],
-        reward=arrays["rewards"].reshape(n)[:total],
-        length=np.diff(ends, prepend=-1),
-        terminated=terminal[ends],
-        truncated=timeout[ends] & ~terminal[ends],
-        has_final=np.full(len(ends), "next_observations" in arrays),
-        meta={"source": "d4rl-hdf5", "file": path.name, "dropped_steps": n - total},
+    n, obs, final = int(ends[-1]), data["observations"], data.get("next_observations")
+    layout: Layout = {
+        "obs/obs": ((n + len(ends), *obs.shape[1:]), obs.dtype),
+        "action": ((n, *data["actions"].shape[1:]), data["actions"].dtype),
+        "reward": ((n,), data["rewards"].dtype),
+    }
+    arrays = wanted.allocate(layout)
+    read_next = None if final is None else hdf5.rows(final)
+    copy_observations(arrays["obs/obs"], ends, hdf5.rows(obs), read_next, hdf5.chunk_rows(obs))
+    copy_rows(arrays["action"], hdf5.rows(data["actions"]), hdf5.chunk_rows(data["actions"]))
+    copy_rows(arrays["reward"], lambda rows: np.asarray(data["rewards"][rows]).reshape(-1))
+    return assemble(
+        arrays,
+        length=np.diff(ends, prepend=0),
+        terminated=terminal[ends - 1],
+        truncated=timeout[ends - 1] & ~terminal[ends - 1],
+        has_final=np.full(len(ends), final is not None),
+        meta={**_provenance(path, data), "source": "d4rl-hdf5", "file": path.name, "dropped_steps": len(terminal) - n},
     )
 
 
-def _check_shapes(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    obs = arrays["observations"]
-    for name, array in arrays.items():
-        if len(array) != len(obs):
+def _provenance(path: Path, data: dict[str, h5py.Dataset]) -> dict[str, Any]:
+    """Return what `save` wrote beside the arrays, nothing for files of others."""
+    meta = data["actions"].file.attrs.get("meta")
+    if meta is None:
+        return {}
+    with reading(path, "its attribute meta"):
+        return dict(json.loads(meta))
+
+
+def _flags(data: dict[str, h5py.Dataset], name: str) -> np.ndarray:
+    n = len(data["observations"])
+    return np.asarray(data[name][:]).astype(bool).reshape(n) if name in data else np.zeros(n, dtype=bool)
+
+
+def _checked(path: Path, file: h5py.File) -> dict[str, h5py.Dataset]:
+    if missing := [name for name in REQUIRED if name not in file]:
+        raise DatasetError(f"{path} lacks {', '.join(missing)}; wanted {LAYOUT}")
+    present = [name for name in (*REQUIRED, *OPTIONAL) if name in file]
+    data = {name: hdf5.dataset(path, file, name, LAYOUT) for name in present}
+    obs = data["observations"]
+    for name, item in data.items():
+        if len(item) != len(obs):
             raise DatasetError(
-                f"{path}: {name} has {len(array)} rows and observations {len(obs)}; wanted as many: write it again"
+                f"{path}: {name} has {len(item)} rows and observations {len(obs)}; wanted as many: write it again"
             )
-        if name in FLAT and array.size != len(obs):
-            raise DatasetError(f"{path}: {name} has shape {array.shape}; wanted one number a row: reshape it")
-        if name.endswith("observations") and array.shape != (len(obs), obs.shape[-1]):
-            raise DatasetError(f"{path}: {name} has shape {array.shape}; wanted flat rows of one size: reshape it")
+        if name in SCALARS and item.size != len(obs):
+            raise DatasetError(f"{path}: {name} has shape {item.shape}; wanted one number a row: reshape it")
+        if name.endswith("observations") and item.shape != (len(obs), obs.shape[-1]):
+            raise DatasetError(f"{path}: {name} has shape {item.shape}; wanted flat rows of one size: reshape it")
+    return data
 
 
-def _with_final_rows(obs: np.ndarray, next_obs: np.ndarray | None, ends: np.ndarray) -> np.ndarray:
-    """Insert after each episode the observation that followed its last action (or a copy of the last one)."""
-    final = (obs if next_obs is None else next_obs)[ends]
-    return np.insert(obs[: ends[-1] + 1], ends + 1, final, axis=0)
+def save(episodes: Episodes, path: Path) -> None:
+    """Write a file in D4RL's layout, provenance in its attribute `meta`.
+
+    `next_observations` are written where every episode has its last observation. D4RL marks an end that is no true
+    one as a timeout.
+
+    Raises:
+        DatasetError: if there are several observations, or one that is not flat, or the disk is full.
+    """
+    shapes = {name: array.shape[1:] for name, array in episodes.obs.items()}
+    if len(shapes) != 1 or any(len(shape) != 1 for shape in shapes.values()):
+        raise DatasetError(f"the observations are {shapes}; D4RL's layout has one flat array: write a store instead")
+    write_atomically(path, lambda temporary: _write(episodes, temporary))
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with h5py.File(path, "r") as file:
-            if missing := [name for name in REQUIRED if name not in file]:
-                raise DatasetError(f"{path} lacks {', '.join(missing)}; wanted D4RL's {', '.join(REQUIRED)}")
-            names = [name for name in (*REQUIRED, "timeouts", "next_observations") if name in file]
-            return {name: _dataset(path, file[name]) for name in names}
-    except (OSError, RuntimeError, KeyError) as error:
-        raise DatasetError(f"{path} cannot be read as HDF5, it may be cut short ({error}); copy it again") from error
-
-
-def _dataset(path: Path, item: object) -> np.ndarray:
-    if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiub" or not item.shape:
-        raise DatasetError(
-            f"{path}: {getattr(item, 'name', item)} is not an array of numbers; wanted D4RL's layout: write it again"
-        )
-    return np.asarray(item[:])
+def _write(episodes: Episodes, path: Path) -> None:
+    n = episodes.steps
+    (obs,) = episodes.obs.values()
+    ends = np.cumsum(episodes.length)
+    terminals, timeouts = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    terminals[ends - 1] = episodes.terminated
+    timeouts[ends - 1] = episodes.truncated | ~np.asarray(episodes.terminated)
+    sources = {"observations": (obs, 0), "next_observations": (obs, 1), "actions": (episodes.action, None)}
+    if not np.all(episodes.has_final):
+        del sources["next_observations"]
+    with h5py.File(path, "w") as file:
+        file.attrs["meta"] = json.dumps(dict(episodes.meta))
+        file.create_dataset("rewards", data=episodes.reward)
+        file.create_dataset("terminals", data=terminals)
+        file.create_dataset("timeouts", data=timeouts)
+        for name, (array, ahead) in sources.items():
+            item = file.create_dataset(name, (n, *array.shape[1:]), array.dtype)
+            for rows in blocks(n, row_bytes(array)):
+                numbers = np.arange(rows.start, rows.stop)
+                # Each episode before has one observation more than it has steps.
+                shift = 0 if ahead is None else np.searchsorted(ends, numbers, side="right") + ahead
+                item[rows] = array[numbers + shift]
