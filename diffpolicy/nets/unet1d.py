@@ -21,13 +21,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from diffpolicy.nets.conv import Conv1d
 from diffpolicy.nets.embed import TimeEmbedding
 
 
 def conv_block(in_channels: int, out_channels: int, kernel_size: int, groups: int) -> nn.Sequential:
     """Conv1d of unchanged length, GroupNorm, Mish."""
     return nn.Sequential(
-        nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2),
+        Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2),
         nn.GroupNorm(groups, out_channels),
         nn.Mish(),
     )
@@ -41,7 +42,7 @@ class ResidualBlock(nn.Module):
         self.first = conv_block(in_channels, out_channels, kernel_size, groups)
         self.second = conv_block(out_channels, out_channels, kernel_size, groups)
         self.film = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, 2 * out_channels))
-        self.skip = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.skip = Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """Two convolutions with FiLM between them, around a skip."""
@@ -100,7 +101,7 @@ class UNet1d(nn.Module):
         self.multiple = 2 ** (len(down_dims) - 1)
         self.time = TimeEmbedding(step_embed_dim)
         self.down = nn.ModuleList(
-            Level(block(i, o), block(o, o), nn.Conv1d(o, o, 3, 2, 1) if n < len(pairs) else nn.Identity())
+            Level(block(i, o), block(o, o), Conv1d(o, o, 3, 2, 1) if n < len(pairs) else nn.Identity())
             for n, (i, o) in enumerate(pairs, start=1)
         )
         self.mid = nn.ModuleList(block(down_dims[-1], down_dims[-1]) for _ in range(2))
@@ -108,7 +109,7 @@ class UNet1d(nn.Module):
             Level(block(2 * o, i), block(i, i), nn.ConvTranspose1d(i, i, 4, 2, 1)) for i, o in reversed(pairs[1:])
         )
         self.head = nn.Sequential(
-            conv_block(down_dims[0], down_dims[0], kernel_size, groups), nn.Conv1d(down_dims[0], action_dim, 1)
+            conv_block(down_dims[0], down_dims[0], kernel_size, groups), Conv1d(down_dims[0], action_dim, 1)
         )
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
