@@ -236,10 +236,12 @@ def from_list(episodes: Sequence[Episode], meta: Mapping[str, Any] | None = None
 
 
 def concatenate(parts: Sequence[Episodes]) -> Episodes:
-    """Join datasets with the same observations, in memory; of `info`, what all of them have.
+    """Join datasets with the same observations, in memory; of `info`, what all of them have, and `mask`.
 
     `weight` and `meta` are not joined: what they mean together is the caller's to say.
     """
+    if any("mask" in part.info for part in parts):
+        parts = [replace(part, info={"mask": np.ones(part.steps, dtype=bool), **part.info}) for part in parts]
     first = parts[0]
     shared = [name for name in first.info if all(name in part.info for part in parts)]
 

@@ -160,8 +160,7 @@ def _fit(array: ArrayNormalizer, name: str, data: np.ndarray) -> None:
     low, high, mean, std = _statistics(data)
     if not np.all(np.isfinite(mean)):
         check_finite(name, data)
-    # Below this range a dimension is constant up to rounding: dividing by it would magnify noise.
-    constant = high - low <= np.maximum(1e-6, 1e-5 * np.maximum(abs(low), abs(high)))
+    constant = high - low <= rounding(low, high)
     scale, offset = np.ones_like(low), np.zeros_like(low)
     for i, kind in enumerate(array.kinds):
         if kind == "limits":
@@ -174,6 +173,11 @@ def _fit(array: ArrayNormalizer, name: str, data: np.ndarray) -> None:
     array.offset.copy_(torch.from_numpy(offset[array.linear]))
     array.minimum.copy_(torch.from_numpy(low))
     array.maximum.copy_(torch.from_numpy(high))
+
+
+def rounding(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Range below which a dimension is constant up to rounding: dividing by less would magnify noise."""
+    return np.maximum(1e-6, 1e-5 * np.maximum(abs(low), abs(high)))
 
 
 def _statistics(data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,9 @@ For a step of an episode of L steps, with To = 2, Tp = 6, at step 0 and at step 
     index To-1 of the chunk is the action of the step itself; no window ever crosses an episode
 
 and for critics, over `n` executed steps: `reward = sum_j gamma^j r(step+j)`, `next_obs` the history ending `n` steps
-later, `discount = gamma^n`, or 0 where the task truly ended. Where the recording ends first, `n` shrinks to it.
+later, `discount = gamma^n`, or 0 where the task truly ended. Where the recording ends first, `n` shrinks to it. An
+`info` array called `mask` is False at steps after which no value follows although the recording goes on (a goal
+reached on the way, as OGBench and robomimic have it): a return ends there as at a true end.
 """
 
 from collections.abc import Mapping
@@ -43,6 +45,15 @@ def _tensor(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
 def _single(rows: torch.Tensor) -> torch.Tensor:
     # Cast here and not when the arrays are taken in: a memory-mapped store must not be copied.
     return rows.float() if rows.dtype == torch.float64 else rows
+
+
+def _steps_to_masked(mask: np.ndarray | None, n_step: int, device: str | torch.device) -> torch.Tensor | None:
+    """Steps from each row to the first masked one, that one included, `(N,)`; more than `n_step` where none is near."""
+    if mask is None:
+        return None
+    rows = np.arange(len(mask))
+    masked = np.where(np.asarray(mask, dtype=bool), len(mask) + n_step, rows)
+    return torch.from_numpy(np.minimum.accumulate(masked[::-1])[::-1] + 1 - rows).to(device)
 
 
 class Windows:
@@ -80,6 +91,7 @@ class Windows:
         # An episode whose last observation is unknown bootstraps only up to the one before.
         self.horizon_end = torch.where(has_final | self.terminated, self.length, self.length - 1)
         self.powers = gamma ** torch.arange(self.n_step + 1, device=device, dtype=torch.float32)
+        self.stop = _steps_to_masked(episodes.info.get("mask"), self.n_step, device)
         self.rows = self._rows(require_next, only)
         self.weight = None if episodes.weight is None else self._weights(np.asarray(episodes.weight))
 
@@ -113,10 +125,14 @@ class Windows:
         first_obs, first_action = self.start[episode] + episode, self.start[episode]
 
         n = torch.minimum(self.horizon_end[episode] - step, row.new_tensor(self.n_step)).clamp(min=0)
+        if self.stop is not None:
+            n = torch.minimum(n, self.stop[row])
         ahead = torch.arange(self.n_step, device=row.device)
         rewards = _single(self.reward[(row[:, None] + ahead).clamp(max=len(self.reward) - 1)])
         inside = ahead < n[:, None]
         ended = self.terminated[episode] & (step + n == length)
+        if self.stop is not None:
+            ended |= self.stop[row] <= n
         chunk = step[:, None] + torch.arange(self.spec.horizon, device=row.device) - (self.spec.n_obs_steps - 1)
         return Batch(
             obs=self._history(first_obs, step),

@@ -72,18 +72,18 @@ def make_hdf5(path: Path, steps: int) -> None:
     """Write a file of D4RL's layout, random numbers, episodes of 1000 steps."""
     rng = np.random.default_rng(0)
     block = rng.normal(size=(100 * LENGTH, OBS + ACTION + 1)).astype(np.float32)
+    parts = {"observations": slice(0, OBS), "actions": slice(OBS, OBS + ACTION), "rewards": -1}
     with h5py.File(path, "w") as file:
-        for name, columns in (("observations", OBS), ("actions", ACTION), ("rewards", None)):
-            shape = (steps,) if columns is None else (steps, columns)
-            file.create_dataset(name, shape, "f4", chunks=(10_000, *shape[1:]), compression="lzf")
+        arrays = {
+            name: file.create_dataset(name, (steps, *block[0, part].shape), "f4", chunks=True, compression="lzf")
+            for name, part in parts.items()
+        }
         file["terminals"] = np.zeros(steps, bool)
         file["timeouts"] = np.arange(1, steps + 1) % LENGTH == 0
         for first in range(0, steps, len(block)):
             rows = slice(first, min(first + len(block), steps))
-            part = block[: rows.stop - first]
-            file["observations"][rows] = part[:, :OBS]
-            file["actions"][rows] = part[:, OBS:-1]
-            file["rewards"][rows] = part[:, -1]
+            for name, part in parts.items():
+                arrays[name][rows] = block[: rows.stop - first, part]
 
 
 def run_convert(folder: Path) -> dict[str, float]:
@@ -148,9 +148,7 @@ class Items(Dataset):
 
 def run_items(folder: Path) -> dict[str, float]:
     """A DataLoader over items."""
-    return read_batches(
-        lambda: iter(DataLoader(Items(folder), batch_size=BATCH, shuffle=True)).__next__, PEER_BATCHES
-    )
+    return read_batches(lambda: iter(DataLoader(Items(folder), batch_size=BATCH, shuffle=True)).__next__, PEER_BATCHES)
 
 
 def run_table_of_bounds(folder: Path) -> dict[str, float]:

@@ -119,3 +119,41 @@ def test_float64_data_is_gathered_as_float32():
     batch = Windows(wide, Spec({"obs": (3,)}, 2, 1, 1, 1)).gather(torch.arange(5))
     assert {batch.obs["obs"].dtype, batch.action.dtype, batch.reward.dtype} == {torch.float32}
     np.testing.assert_array_equal(batch.action[:, 0], data.action)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    n_step=st.integers(1, 5),
+    data=st.data(),
+)
+def test_a_return_ends_at_the_first_masked_step_as_a_plain_loop_says(lengths, n_step, data):
+    total = sum(lengths)
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)))
+    terminated = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
+    reward = np.arange(1, total + 1, dtype=np.float32)
+    episodes = Episodes(
+        obs={"obs": np.arange(total + len(lengths), dtype=np.float32)[:, None]},
+        action=np.zeros((total, 1), np.float32),
+        reward=reward,
+        length=np.array(lengths),
+        terminated=terminated,
+        truncated=~terminated,
+        info={"mask": mask},
+    )
+    batch = Windows(episodes, Spec({"obs": (1,)}, 1, 1, 1, 1), gamma=0.5, n_step=n_step).gather(torch.arange(total))
+    row = 0
+    for e, length in enumerate(lengths):
+        for step in range(length):
+            wanted, discount, k = 0.0, 1.0, 0
+            while k < n_step and step + k < length:
+                wanted += 0.5**k * reward[row + k]
+                k += 1
+                if not mask[row + k - 1]:
+                    discount = 0.0
+                    break
+            if step + k == length and terminated[e]:
+                discount = 0.0
+            assert batch.reward[row].item() == pytest.approx(wanted)
+            assert batch.discount[row].item() == pytest.approx(discount * 0.5**k)
+            assert batch.next_obs["obs"][row].item() == row + e + k
+            row += 1

@@ -13,10 +13,13 @@ from pathlib import Path
 
 from diffpolicy.data import store
 from diffpolicy.data.episodes import Episodes
-from diffpolicy.data.sources import d4rl, zarr
+from diffpolicy.data.sources import d4rl, d4rl_registry, lerobot, minari, ogbench, robomimic, zarr
 from diffpolicy.data.sources.mixing import mix, split_mixture
 from diffpolicy.data.sources.reading import Wanted, in_memory
 from diffpolicy.errors import DatasetError
+
+MINARI = "minari:"
+HDF5 = (".hdf5", ".h5")
 
 Read = Callable[[Path, Wanted], Episodes]
 
@@ -24,8 +27,16 @@ FORMATS: tuple[tuple[Callable[[Path], bool], Read], ...] = (
     (store.is_store, lambda path, wanted: store.load(path, wanted.obs)),
     (zarr.recognises, zarr.load),
     (d4rl.recognises, d4rl.load),
+    (robomimic.recognises, robomimic.load),
+    (ogbench.recognises, ogbench.load),
+    (lerobot.recognises, lerobot.load),
+    (minari.recognises, minari.load),
 )
-REGISTRIES: dict[str, Callable[[str, Wanted], Episodes]] = {}
+REGISTRIES: dict[str, Callable[[str, Wanted], Episodes]] = {
+    "d4rl": d4rl_registry.load,
+    "minari": minari.load_registered,
+    "ogbench": ogbench.load_named,
+}
 
 
 def load(
@@ -82,18 +93,34 @@ def _format_of(path: Path) -> Read:
 
 
 def save(episodes: Episodes, out: str | Path) -> None:
-    """Write a dataset: D4RL's layout where the name ends in `.hdf5`, through Minari for `minari:`, else a store.
+    """Write a dataset: D4RL's layout where the name ends in `.hdf5`, through Minari for `minari:<id>`, else a store.
 
     Raises:
         DatasetError: if the format cannot hold these episodes, or the disk is full.
+        MissingExtraError: if writing the format needs a package that is not installed.
     """
     try:
-        if str(out).endswith((".hdf5", ".h5")):
+        if str(out).startswith(MINARI):
+            minari.save(episodes, str(out).removeprefix(MINARI))
+        elif str(out).endswith(HDF5):
             d4rl.save(episodes, Path(out))
         else:
             store.save(episodes, out)
     except OSError as error:
         raise DatasetError(f"{out} could not be written ({error}); free some space, or give another path") from error
+
+
+def check_writable(out: str | Path) -> None:
+    """Refuse a name that `save` would refuse, before anything takes time.
+
+    Raises:
+        DatasetError: if something else than a dataset of that format stands there.
+    """
+    if str(out).startswith(MINARI):
+        return
+    path, file = Path(out), str(out).endswith(HDF5)
+    if path.exists() and not (path.is_file() if file else store.is_store(path)):
+        raise DatasetError(f"{out} exists and is not a dataset of ours; give another path or remove it")
 
 
 def convert(dataset: str | Path, out: str | Path, wanted: Wanted) -> Episodes:
@@ -102,7 +129,7 @@ def convert(dataset: str | Path, out: str | Path, wanted: Wanted) -> Episodes:
     Raises:
         DatasetError: as `load` and `save`.
     """
-    if str(out).endswith((".hdf5", ".h5")) or ":" in str(out):
+    if str(out).startswith(MINARI) or str(out).endswith(HDF5):
         episodes = read(str(dataset), wanted)
         save(episodes, out)
         return episodes

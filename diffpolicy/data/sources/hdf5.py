@@ -58,7 +58,7 @@ def group(path: Path, parent: h5py.Group, name: str, wanted: str) -> h5py.Group:
     """
     item = _item(path, parent, name, wanted)
     if not isinstance(item, h5py.Group):
-        raise DatasetError(f"{path}: {item.name} is not a group; wanted {wanted}")
+        raise DatasetError(f"{path}: {_place(parent, name)} is not a group; wanted {wanted}")
     return item
 
 
@@ -71,7 +71,9 @@ def dataset(path: Path, parent: h5py.Group, name: str, wanted: str) -> h5py.Data
     """
     item = _item(path, parent, name, wanted)
     if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiub" or not item.shape:
-        raise DatasetError(f"{path}: {item.name} is not an array of numbers; wanted {wanted}: write it again")
+        raise DatasetError(
+            f"{path}: {_place(parent, name)} is not an array of numbers; wanted {wanted}: write it again"
+        )
     if item.external or item.is_virtual:
         raise DatasetError(f"{path}: {item.name} keeps its numbers in other files; wanted one whole file: repack it")
     _check_written(path, item)
@@ -97,10 +99,16 @@ def check_rows(path: Path, items: Sequence[h5py.Dataset], rows: int, why: str) -
 
 def _item(path: Path, parent: h5py.Group, name: str, wanted: str) -> object:
     if name not in parent:
-        raise DatasetError(f"{path} lacks {parent.name.rstrip('/')}/{name}; wanted {wanted}")
-    if isinstance(parent.get(name, getlink=True), h5py.ExternalLink):
-        raise DatasetError(f"{path}: {parent.name.rstrip('/')}/{name} points into another file; wanted one whole file")
-    return parent[name]
+        raise DatasetError(f"{path} lacks {_place(parent, name)}; wanted {wanted}")
+    linked = isinstance(parent.get(name, getlink=True), h5py.ExternalLink)
+    item = None if linked else parent[name]
+    if linked or getattr(item, "file", parent.file).filename != parent.file.filename:
+        raise DatasetError(f"{path}: {_place(parent, name)} points into another file; wanted one whole file")
+    return item
+
+
+def _place(parent: h5py.Group, name: str) -> str:
+    return f"{(parent.name or '').rstrip('/')}/{name}"
 
 
 def _check_written(path: Path, item: h5py.Dataset) -> None:

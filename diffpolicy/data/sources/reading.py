@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from diffpolicy.data.episodes import Episodes
-from diffpolicy.errors import DatasetError
+from diffpolicy.errors import DatasetError, MissingExtraError
 
 BLOCK_BYTES = 16 << 20
 IMAGE_AXES = 3
@@ -181,7 +181,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever a foreign reader raises for a damaged file into one sentence."""
     try:
         yield
-    except DatasetError:
+    except (DatasetError, MissingExtraError):
         raise
     except Exception as error:  # readers of foreign formats raise many kinds
         raise DatasetError(f"{path}: {what} cannot be read ({first_line(error)}); copy the dataset again") from error

@@ -36,6 +36,7 @@ METADATA_BYTES = 16 << 20
 ROOT_NAMES = (".zgroup", "zarr.json", "meta/episode_ends")
 UNPACKED = ("bytes", "transpose", "crc32c")
 SMALL_CHUNK = 16 << 20
+CUT = "a chunk is cut short"
 
 
 def recognises(path: Path) -> bool:
@@ -147,6 +148,8 @@ class _Buffer:
             array = self.root[name]
             shape, chunks, dtype = array.shape, array.chunks, array.dtype
             codec = _compressor(array.metadata)
+        if min((*shape, *(c - 1 for c in chunks)), default=0) < 0:
+            raise DatasetError(f"{self.path}: {name} declares {shape} in chunks of {chunks}; do not trust this file")
         if dtype.kind not in "fiub" or not shape:
             raise DatasetError(f"{self.path}: {name} has type {dtype}; wanted numbers: convert it or leave it out")
         if codec not in SIZES:
@@ -217,15 +220,38 @@ def _compressor(metadata: Any) -> str:
 
 
 def _inflated(chunk: bytes, limit: int) -> int:
-    return len(zlib.decompressobj(wbits=47).decompress(chunk, limit + 1))
+    inflater = zlib.decompressobj(wbits=47)
+    size = len(inflater.decompress(chunk, limit + 1))
+    if size <= limit and not inflater.eof:
+        raise ValueError(CUT)
+    return size
+
+
+def _blosc_size(chunk: bytes, limit: int) -> int:
+    """Sizes in blosc's header: unpacked at byte 4, packed at byte 12."""
+    if int.from_bytes(chunk[12:16], "little") != len(chunk):
+        raise ValueError(CUT)
+    return int.from_bytes(chunk[4:8], "little")
 
 
 def _zstd_size(chunk: bytes, limit: int) -> int:
-    """Frame_Content_Size of a zstd frame (RFC 8878, 3.1.1.1); a frame that hides it counts as beyond the limit."""
+    """Frame_Content_Size of a zstd frame (RFC 8878, 3.1.1.1); a frame that hides it counts as beyond the limit.
+
+    A cut frame unpacks to anything: its blocks are walked to the end.
+    """
     descriptor = chunk[4]
-    flag, single = descriptor >> 6, descriptor >> 5 & 1
+    flag, single, checksum = descriptor >> 6, descriptor >> 5 & 1, descriptor >> 2 & 1
     width = {0: single, 1: 2, 2: 4, 3: 8}[flag]
     first = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
+    end, last = first + width, False
+    while not last:
+        if end + 3 > len(chunk):
+            raise ValueError(CUT)
+        header = int.from_bytes(chunk[end : end + 3], "little")
+        last, repeated = bool(header & 1), header >> 1 & 3 == 1
+        end += 3 + (1 if repeated else header >> 3)
+    if end + 4 * checksum != len(chunk):
+        raise ValueError(CUT)
     if width == 0:
         return limit + 1
     return int.from_bytes(chunk[first : first + width], "little") + (256 if width == 2 else 0)
@@ -234,7 +260,7 @@ def _zstd_size(chunk: bytes, limit: int) -> int:
 # Bytes that a chunk declares to unpack to, by codec: read from its header, or unpacked up to the limit.
 SIZES: dict[str, Callable[[bytes, int], int]] = {
     "none": lambda chunk, limit: len(chunk),
-    "blosc": lambda chunk, limit: int.from_bytes(chunk[4:8], "little"),
+    "blosc": _blosc_size,
     "zstd": _zstd_size,
     "lz4": lambda chunk, limit: int.from_bytes(chunk[:4], "little"),
     "gzip": _inflated,
