@@ -8,8 +8,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 
 from diffpolicy.data.episodes import Episodes
+from diffpolicy.data.scores import Reference, d4rl
 from diffpolicy.errors import DatasetError, SpecError
 from diffpolicy.policy import Policy
 from diffpolicy.rollout import Actor, make_envs, rollout
@@ -55,25 +54,6 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Estimate:
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-@cache
-def reference_scores() -> Mapping[str, Any]:
-    """D4RL's reference returns by dataset name, with their source."""
-    return json.loads((files("diffpolicy.data") / "ref_scores.json").read_text())["envs"]
-
-
-def d4rl_score(returns: np.ndarray, name: str) -> np.ndarray:
-    """Return `100 (return - ref_min) / (ref_max - ref_min)`, D4RL's normalised score.
-
-    Raises:
-        SpecError: if D4RL has no reference scores of that name.
-    """
-    entry = reference_scores().get(name)
-    if entry is None or entry["ref_min"] is None:
-        raise SpecError(f"D4RL has no reference scores for {name!r}; give a name such as hopper-medium-v2, or no score")
-    low, high = entry["ref_min"], entry["ref_max"]
-    return 100 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
-
-
 @dataclass(frozen=True)
 class Outcomes:
     """One number an episode: `returns (E,)`, `success (E,)` or None, `score (E,)` or None."""
@@ -88,28 +68,59 @@ def max_reward(episodes: Episodes) -> np.ndarray:
     return np.maximum.reduceat(np.asarray(episodes.reward, dtype=np.float64), episodes.start)
 
 
-def outcomes(episodes: Episodes, success: str | None, score: str | None, reference: str | None) -> Outcomes:
+@dataclass(frozen=True)
+class Measure:
+    """What turns episodes into one score each, `(E,)`, and the name that reports give it."""
+
+    kind: str
+    of: Callable[[Episodes], np.ndarray]
+
+
+def measure(score: str | None, reference: str | Reference | None, env_id: str | None) -> Measure | None:
+    """Return how episodes of an environment are scored; ask before they are played.
+
+    Args:
+        score: `max_reward`, `d4rl`, `minari`, or None.
+        reference: of the latter two, a `Reference`; or D4RL's name for its.
+        env_id: Gymnasium id of what is played.
+
+    Raises:
+        SpecError: if returns of this environment are not comparable with the reference, with the reason.
+    """
+    if score is None:
+        return None
+    if score == "max_reward":
+        return Measure(score, max_reward)
+    found = reference if isinstance(reference, Reference) or score != "d4rl" else d4rl(reference or "")
+    if not isinstance(found, Reference) or found.kind != score:
+        raise SpecError(
+            f"the score is {score!r} and its reference {reference}; wanted max_reward, d4rl with a name such as "
+            "hopper-medium-v2, or minari with data.scores.of_dataset(episodes.meta)"
+        )
+    found.check(env_id)
+    return Measure(str(found), lambda episodes: found.score(episodes.returns))
+
+
+def outcomes(episodes: Episodes, success: str | None, score: str | None, reference: str | Reference | None) -> Outcomes:
     """Reduce episodes to one number each.
 
     Args:
         episodes: what was played.
         success: name of the `info` value that is 1 at some step of a successful episode.
-        score: `max_reward`, `d4rl`, or None.
-        reference: name of D4RL's reference scores.
+        score: `max_reward`, `d4rl`, `minari`, or None.
+        reference: of the latter two; see `measure`.
 
     Raises:
         DatasetError: if the episodes have no such `info` value.
+        SpecError: as `measure`.
     """
     if success is not None and success not in episodes.info:
         raise DatasetError(
             f"the environment reports {sorted(episodes.info)} and no {success!r}; name its success value"
         )
     won = None if success is None else np.maximum.reduceat(episodes.info[success], episodes.start) > 0
-    scores = {
-        "max_reward": lambda: max_reward(episodes),
-        "d4rl": lambda: d4rl_score(episodes.returns, reference or ""),
-    }
-    return Outcomes(episodes.returns, won, scores[score]() if score else None)
+    measured = measure(score, reference, episodes.meta.get("env_id"))
+    return Outcomes(episodes.returns, won, measured.of(episodes) if measured else None)
 
 
 @dataclass(frozen=True)
@@ -212,7 +223,7 @@ def summarise(
     versions: Mapping[str, str],
     success: str | None = None,
     score: str | None = None,
-    reference: str | None = None,
+    reference: str | Reference | None = None,
 ) -> Report:
     """Reduce played episodes to a report; see `outcomes` for the arguments.
 
@@ -220,6 +231,7 @@ def summarise(
     """
     success = success or next((name for name in ("success", "is_success") if name in episodes.info), None)
     found = outcomes(episodes, success, score, reference)
+    measured = measure(score, reference, episodes.meta["env_id"])
     policy = actor if isinstance(actor, Policy) else None
     sampler = policy.sampler_config if policy else None
     by_episode = {"return": found.returns, "success": found.success, "score": found.score}
@@ -232,7 +244,7 @@ def summarise(
         returns=bootstrap(found.returns),
         success=None if found.success is None else wilson(int(found.success.sum()), len(episodes)),
         score=None if found.score is None else bootstrap(found.score),
-        score_kind=f"d4rl {reference}" if score == "d4rl" else score,
+        score_kind=measured.kind if measured else None,
         length=float(np.mean(episodes.length)),
         plan_ms=plan_latency(policy) if policy else {"p50": 0.0, "p99": 0.0},
         sampler=f"{sampler.sampler} {sampler.steps}" if sampler else type(actor).__name__,
@@ -251,7 +263,7 @@ def evaluate(
     seed: int = 100_000,
     success: str | None = None,
     score: str | None = None,
-    reference: str | None = None,
+    reference: str | Reference | None = None,
 ) -> Report:
     """Play episodes on seeds `seed, seed + 1, ...` and report.
 
@@ -262,12 +274,14 @@ def evaluate(
         episodes: how many.
         seed: of the first episode.
         success: name of the `info` value that says success; `success` or `is_success` where the environment has one.
-        score: `max_reward`, `d4rl` or None.
-        reference: name of D4RL's reference scores.
+        score: `max_reward`, `d4rl`, `minari` or None; the latter two are 100 at the reference's expert.
+        reference: D4RL's name of its reference scores, or what `data.scores.of_dataset(episodes.meta)` returned.
 
     Raises:
         PolicyError: if the policy's sizes differ from the environment's.
+        SpecError: if returns of this environment are not comparable with the reference, before one is played.
     """
+    measure(score, reference, env_id)
     played = play_unseen(actor, env_id, env_kwargs, episodes, seed)
     return summarise(actor, played, {"torch": str(torch.__version__)}, success, score, reference)
 

@@ -7,8 +7,9 @@ themselves: then only the first episode of each is seeded, and the step that a N
 reset is not recorded, nor is its action used.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -50,7 +51,8 @@ def make_env(env_id: str, **kwargs: Any) -> gymnasium.Env:
                 with redirect_stderr(StringIO()):  # they print notices about tasks nobody asked for
                     import_module(plugin)
     try:
-        env = gymnasium.make(env_id, **kwargs)
+        with _without_mujoco_py():
+            env = gymnasium.make(env_id, **kwargs)
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         raise MissingExtraError(
             f"no installed package makes the environment {env_id!r} ({error}); check its name, "
@@ -59,6 +61,19 @@ def make_env(env_id: str, **kwargs: Any) -> gymnasium.Env:
     if not isinstance(env.action_space, gymnasium.spaces.Box):
         raise SpecError(f"{env_id} has the action space {env.action_space}; a diffusion policy needs a continuous Box")
     return env
+
+
+@contextmanager
+def _without_mujoco_py() -> Iterator[None]:
+    """Gymnasium-robotics tries mujoco_py, which d4rl brings, and trips over one that lacks its MuJoCo 2.1."""
+    absent = "mujoco_py" not in sys.modules
+    if absent:
+        sys.modules["mujoco_py"] = None  # type: ignore[assignment]  # then importing it is an ImportError
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["mujoco_py"]
 
 
 def make_envs(

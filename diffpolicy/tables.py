@@ -14,12 +14,13 @@ import torch
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Kinds, Normalizer
+from diffpolicy.data.scores import Reference
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import SpecError
 from diffpolicy.parts import DenoiserConfig
 from diffpolicy.rollout import Actor, make_env, make_envs
 from diffpolicy.train import TrainConfig
-from diffpolicy_envs import ActionNoise, DetourExpert, PointMazeExpert
+from diffpolicy_envs import ActionNoise, DetourExpert, FetchPickAndPlaceExpert, FetchReachExpert, PointMazeExpert
 
 TINY = DenoiserConfig(down_dims=(32, 64, 128), kernel_size=3, step_embed_dim=64)
 SMALL = DenoiserConfig(down_dims=(64, 128, 256), kernel_size=3, step_embed_dim=128)
@@ -47,7 +48,7 @@ class Task:
         kinds: how observations are normalised, `limits` where not given.
         success: name of the `info` value that says success, None if the task has none.
         score: which number of an episode is its score: `max_reward`, `d4rl` (normalised return), or None.
-        reference: D4RL's name for its reference scores.
+        reference: of the score: D4RL's name, or the reference itself.
         preset: settings.
         expert: from an environment of this task, who demonstrates it; None where nobody can.
         noise: standard deviation and correlation of the noise on the executed action of demonstrations.
@@ -59,7 +60,7 @@ class Task:
     kinds: Mapping[str, Kinds] = field(default_factory=dict)
     success: str | None = None
     score: str | None = None
-    reference: str | None = None
+    reference: str | Reference | None = None
     preset: Preset = field(default_factory=Preset)
     expert: Callable[[gymnasium.Env], Actor] | None = None
     noise: tuple[float, float] = (0.0, 0.0)
@@ -74,6 +75,17 @@ def _maze(env_id: str, denoiser: DenoiserConfig, steps: int, speed: float) -> Ta
         preset=Preset(bc=bc, train=TrainConfig(steps=steps)),
         expert=lambda env: PointMazeExpert.from_env(env, speed),
         noise=(0.5, 0.9),
+    )
+
+
+def _fetch(env_id: str, denoiser: DenoiserConfig, steps: int, expert: type[Actor]) -> Task:
+    bc = BcConfig(denoiser=denoiser, learning_rate=4e-4)
+    return Task(
+        env_id=env_id,
+        success="is_success",
+        preset=Preset(bc=bc, train=TrainConfig(steps=steps)),
+        expert=lambda env: expert(),
+        noise=(0.2, 0.8),
     )
 
 
@@ -104,6 +116,8 @@ TASKS: dict[str, Task] = {
         preset=Preset(bc=BcConfig(denoiser=TINY, learning_rate=1e-3), train=TrainConfig(steps=2000)),
         expert=lambda env: DetourExpert(),
     ),
+    "fetch-reach": _fetch("FetchReach-v4", TINY, 3000, FetchReachExpert),
+    "fetch-pick-and-place": _fetch("FetchPickAndPlace-v4", SMALL, 12_000, FetchPickAndPlaceExpert),
     "halfcheetah": _locomotion("HalfCheetah"),
     "hopper": _locomotion("Hopper"),
     "walker2d": _locomotion("Walker2d"),
@@ -152,7 +166,9 @@ def demonstrator(task: Task) -> Actor:
     """
     if task.expert is None:
         able = [name for name, other in TASKS.items() if other.expert is not None]
-        raise SpecError(f"nobody here can demonstrate {task.env_id}; wanted one of {', '.join(able)}, or --sb3-agent")
+        raise SpecError(
+            f"nobody here can demonstrate {task.env_id}; wanted one of {', '.join(able)}, --sb3-agent or --quality"
+        )
     env = make_env(task.env_id, **task.env_kwargs)
     try:
         return task.expert(env)
@@ -167,5 +183,5 @@ def noisy_envs(task: Task, n: int, noise: tuple[float, float]) -> gymnasium.vect
     """
     std, correlation = noise
     return make_envs(
-        task.env_id, n, task.env_kwargs, wrapper=lambda env: ActionNoise(env, std, correlation) if std > 0 else env
+        task.env_id, n, task.env_kwargs, wrapper=lambda env: ActionNoise(env, std, correlation) if std != 0 else env
     )

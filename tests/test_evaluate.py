@@ -7,7 +7,7 @@ import pytest
 
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.errors import DiffPolicyError
-from diffpolicy.evaluate import bootstrap, compare, d4rl_score, evaluate, outcomes, wilson
+from diffpolicy.evaluate import bootstrap, compare, evaluate, outcomes, wilson
 
 
 @pytest.mark.parametrize(
@@ -30,20 +30,6 @@ def test_bootstrap_interval_is_that_of_the_normal_law_for_many_samples():
     found = bootstrap(values)
     half = 1.96 * values.std() / np.sqrt(2000)
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "score"),
-    [("hopper-medium-v2", 3234.3, 100), ("hopper-medium-v2", -20.272305, 0), ("maze2d-umaze-v1", 161.86, 100),
-     ("halfcheetah-expert-v2", 12135.0, 100)],
-)  # fmt: skip
-def test_d4rl_scores_are_0_and_100_at_the_references(name, value, score):
-    assert d4rl_score(np.array([value]), name)[0] == pytest.approx(score)
-
-
-def test_d4rl_scores_of_an_unknown_name_are_refused():
-    with pytest.raises(DiffPolicyError, match="no reference scores"):
-        d4rl_score(np.zeros(1), "pong-v0")
 
 
 def episode(reward: list[float], success: list[float]) -> Episode:

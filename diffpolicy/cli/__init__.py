@@ -1,0 +1,39 @@
+"""The command line: one verb an activity. Bad input is one sentence on standard error and exit code 2."""
+
+import sys
+from collections.abc import Sequence
+
+from diffpolicy.cli.collect import collect
+from diffpolicy.cli.compare import compare
+from diffpolicy.cli.convert import convert
+from diffpolicy.cli.evaluate import evaluate
+from diffpolicy.cli.inspect import inspect
+from diffpolicy.cli.train import train
+from diffpolicy.errors import DiffPolicyError
+from diffpolicy_envs import EnvsError
+
+VERBS = {
+    "collect": collect,
+    "inspect": inspect,
+    "convert": convert,
+    "train": train,
+    "evaluate": evaluate,
+    "compare": compare,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `diffpolicy`."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in VERBS:
+        print(f"usage: diffpolicy {{{','.join(VERBS)}}} ...   (each with --help)", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    try:
+        VERBS[argv[0]](argv[1:])
+    except (DiffPolicyError, EnvsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was saved stays", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,121 @@
+"""`diffpolicy evaluate`: a trained policy plays unseen seeds, and the report has intervals."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from diffpolicy import pictures
+from diffpolicy import train as training
+from diffpolicy.cli.shared import json_object, progress_bar, read_config
+from diffpolicy.data import scores
+from diffpolicy.errors import PolicyError, SpecError
+from diffpolicy.evaluate import measure, play_unseen, summarise
+from diffpolicy.policy import Policy
+from diffpolicy.rollout import record
+from diffpolicy.tables import Task, get_task
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """Play unseen seeds with a trained policy, and report with intervals."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or any folder with a saved policy."""
+    episodes: int = 100
+    """How many."""
+    seed: int = 100_000
+    """Of the first episode; the next has the next."""
+    task: str | None = None
+    """Name of a task; the run's own if not given."""
+    env: str | None = None
+    """Gymnasium id instead of the task's."""
+    env_kwargs: str = "{}"
+    """Arguments of gymnasium.make, JSON; with --env."""
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++2m"] | None = None
+    """Instead of the policy's own."""
+    steps: int | None = None
+    """Sampler steps, instead of the policy's own."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    out: Path | None = None
+    """Folder of the report; RUN/eval if not given."""
+    asynchronous: bool = False
+    """One process an environment."""
+    video: bool = True
+    """Film the first episode, where the renderer works."""
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Run `diffpolicy evaluate`."""
+    args = tyro.cli(EvaluateArgs, args=argv, prog="diffpolicy evaluate")
+    if args.episodes < 1:
+        raise SpecError(f"--episodes is {args.episodes}; give at least 1")
+    policy = load_policy(args.run, args.device, args.sampler, args.steps)
+    task = _task_of(args)
+    measure(task.score, task.reference, task.env_id)  # what cannot be scored is refused before it is played
+    with progress_bar() as bar:
+        row = bar.add_task("evaluating", total=args.episodes)
+        played = play_unseen(
+            policy,
+            task.env_id,
+            task.env_kwargs,
+            args.episodes,
+            args.seed,
+            args.asynchronous,
+            on_episode=lambda done: bar.update(row, completed=done),
+        )
+    report = summarise(policy, played, training.versions(), task.success, task.score, task.reference)
+    out = args.out or args.run / "eval"
+    path = report.save(out)
+    pictures.evaluation(report.to_json(), played).savefig(out / "episodes.png", dpi=120)
+    print(report)
+    print(f"  report       {path}\n  picture      {out / 'episodes.png'}")
+    if args.video:
+        print(f"  video        {film(policy, task, args.seed, out / 'episode.mp4')}")
+
+
+def _task_of(args: EvaluateArgs) -> Task:
+    """Return the task to play: the environment or task named, else the run's task, else its dataset's environment."""
+    if args.env is not None:
+        return Task(env_id=args.env, env_kwargs=json_object(args.env_kwargs))
+    config = read_config(args.run) if (args.run / "config.json").exists() else {}
+    task = get_task(args.task or config.get("arguments", {}).get("task"))
+    if task is not None:
+        return task
+    dataset = config.get("dataset", {})
+    if not dataset.get("env_id"):
+        raise PolicyError(f"{args.run} does not say which environment it is for; give --task or --env")
+    if ":" in dataset["env_id"]:
+        raise PolicyError(
+            f"the dataset of {args.run} names the environment {dataset['env_id']!r}, which would import that module; "
+            "give it as --env if you trust it"
+        )
+    task = Task(env_id=dataset["env_id"], env_kwargs=dataset.get("env_kwargs", {}))
+    reference = scores.of_dataset(dataset)
+    if reference is None or reference.why_not(task.env_id):
+        return task
+    return dataclasses.replace(task, score=reference.kind, reference=reference)
+
+
+def load_policy(run: Path, device: str, sampler: str | None, steps: int | None) -> Policy:
+    """Load a policy, under another sampler where one is asked for."""
+    policy = Policy.load(run, training.resolve_device(device))
+    changes = {k: v for k, v in (("sampler", sampler), ("steps", steps)) if v is not None}
+    return policy.with_sampler(dataclasses.replace(policy.sampler_config, **changes)) if changes else policy
+
+
+def film(policy: Policy, task: Task, seed: int, path: Path) -> str:
+    """Film one episode; return the path, or why there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is in the error
+            frames, fps = record(policy, task.env_id, task.env_kwargs, seed)
+        pictures.save_video(path, frames, fps)
+    except Exception as error:  # renderers fail in many ways, none of which should cost the report
+        return f"none: {str(error).splitlines()[0] if str(error) else repr(error)}"
+    return str(path)

@@ -1,0 +1,121 @@
+"""`diffpolicy train`: a policy from an offline dataset, in a run folder that can be stopped and resumed."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
+
+from diffpolicy import train as training
+from diffpolicy.agents.bc import BcConfig
+from diffpolicy.cli.shared import Flat, progress_bar, read_config
+from diffpolicy.data.sources import load
+from diffpolicy.data.spec import Spec
+from diffpolicy.errors import PolicyError
+from diffpolicy.tables import AGENTS, Preset, get_task, prepare
+from diffpolicy.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train a policy on an offline dataset."""
+
+    dataset: str
+    """Any format that load() reads, or several joined by +."""
+    out: Path
+    """Run folder."""
+    task: str | None = None
+    """Name of a task, for its presets, observation names and normalisation."""
+    agent: Literal["bc"] = "bc"
+    """Algorithm."""
+    resume: bool = False
+    """Continue the run in the folder, with its arguments."""
+    horizon: int = 16
+    """Predicted actions, Tp."""
+    n_obs_steps: int = 2
+    """Observations of the history, To."""
+    n_action_steps: int = 8
+    """Executed actions of a chunk, Ta."""
+    bc: Annotated[BcConfig, Flat] = field(default_factory=BcConfig)
+    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+
+
+def train(argv: Sequence[str]) -> None:
+    """Run `diffpolicy train`."""
+    args: TrainArgs = tyro.cli(TrainArgs, args=argv, default=_train_defaults(argv), prog="diffpolicy train")
+    if (args.out / "config.json").exists() and not args.resume:
+        raise PolicyError(f"{args.out} holds a run already; add --resume to continue it, or give another --out")
+    task = get_task(args.task)
+    episodes = prepare(task, load(args.dataset))
+    spec = Spec.from_episodes(episodes, args.horizon, args.n_obs_steps, args.n_action_steps)
+    device = training.resolve_device(args.train.device)
+    agent = AGENTS[args.agent](spec, episodes, task.kinds if task else {}, args.bc, args.train, device)
+    data = training.fingerprint(episodes)
+    if args.resume:
+        training.check_same_dataset(read_config(args.out)["dataset_fingerprint"], data)
+    description = {
+        "arguments": json.loads(json.dumps(asdict(args), default=str)),
+        "dataset_fingerprint": data,
+        "dataset": {"episodes": len(episodes), "steps": episodes.steps, **episodes.meta},
+        "parameters": sum(p.numel() for p in agent.model.parameters()),
+        "versions": training.versions(),
+    }
+    with progress_bar() as bar:
+        row = bar.add_task("training", total=args.train.steps)
+        for step, metrics in training.train(agent, episodes, args.train, args.out, description):
+            bar.update(row, completed=step, description=f"training, loss {metrics['loss']:.4f}")
+    print(f"policy: {args.out}\nlook:   tensorboard --logdir {args.out}")
+
+
+def _train_defaults(argv: Sequence[str]) -> Any:
+    """Return the defaults of `train`: those of the run to resume, else of the task."""
+    out = _value_of(argv, "--out")
+    if "--resume" in argv and out is not None:
+        return _resumed(Path(out))
+    task = get_task(_value_of(argv, "--task"))
+    preset = Preset() if task is None else task.preset
+    shared = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Preset)}
+    return TrainArgs(dataset=tyro.MISSING, out=tyro.MISSING, **shared)
+
+
+def _value_of(argv: Sequence[str], flag: str) -> str | None:
+    """Return the value of a flag before the full parse: it decides the defaults."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _resumed(run: Path) -> Any:
+    """Return the arguments of the run to resume.
+
+    Raises:
+        PolicyError: if its `config.json` does not hold them.
+    """
+    try:
+        return _from_json(TrainArgs, read_config(run)["arguments"])
+    except (KeyError, TypeError) as error:
+        raise PolicyError(
+            f"{run / 'config.json'} holds no arguments of diffpolicy train ({error!r}); start a new run"
+        ) from error
+
+
+def _from_json(kind: Any, values: dict[str, Any]) -> Any:
+    """Rebuild nested dataclasses from their JSON."""
+    hints = get_type_hints(kind)
+    built = {}
+    for f in dataclasses.fields(kind):
+        value = values[f.name]
+        if dataclasses.is_dataclass(hints[f.name]):
+            value = _from_json(hints[f.name], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif hints[f.name] is Path:
+            value = Path(value)
+        built[f.name] = value
+    return kind(**built)
