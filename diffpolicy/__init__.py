@@ -8,9 +8,8 @@ action, state = policy.predict(obs, state, episode_start)
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.data.episodes import Episode, Episodes
 from diffpolicy.data.normalizer import Normalizer
-from diffpolicy.data.sources import load
+from diffpolicy.data.sources import load, save
 from diffpolicy.data.spec import Spec
-from diffpolicy.data.store import save
 from diffpolicy.data.windows import Windows
 from diffpolicy.errors import DiffPolicyError
 from diffpolicy.evaluate import compare, evaluate

@@ -147,7 +147,7 @@ def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = 
         order = WeightedOrder(windows.weight, config.batch_size, config.seed)
     last, clock = agent.step, time.perf_counter()
     while agent.step < config.steps:
-        batch = agent.normalizer.encode(windows.gather(order(agent.step)))
+        batch = agent.normalizer.encode(windows.gather(order(agent.step)).to(agent.device))
         metrics = agent.update(batch)
         log = agent.step % config.log_every == 0 or agent.step == config.steps
         # Reading the loss waits for the device, so on CUDA it is checked only when it is logged.
@@ -173,12 +173,20 @@ def _report_nan(batch: Batch, step: int, run: Path | None) -> str:
     return message + "; lower the learning rate or look at that batch; the last checkpoint is unharmed"
 
 
+def residence(episodes: Episodes, device: torch.device) -> torch.device:
+    """Where the windows live: on the GPU if they take at most half of what is free there, else on the host."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if sum(array.nbytes for array in episodes.arrays().values()) <= free // 2 else torch.device("cpu")
+
+
 @torch.no_grad()
 def validate(agent: Agent, windows: Windows) -> tuple[Metrics, tuple[np.ndarray, np.ndarray]]:
     """Loss and action error on fixed windows with fixed noise; also some sampled and true chunks `(B, Tp, Da)`."""
     n = min(len(windows), VALIDATION_WINDOWS)
     index = torch.linspace(0, len(windows) - 1, n).round().long()
-    batch = windows.gather(index)
+    batch = windows.gather(index).to(agent.device)
     encoded = agent.normalizer.encode(batch)
     policy = agent.policy()
     generator = torch.Generator().manual_seed(0)
@@ -208,8 +216,9 @@ def train(
     """
     run.mkdir(parents=True, exist_ok=True)
     kept, held_out = split(episodes, config.validation_fraction, config.seed)
-    windows = Windows(episodes, agent.spec, device=agent.device, only=kept)
-    validation = Windows(episodes, agent.spec, device=agent.device, only=held_out if len(held_out) else kept[:1])
+    device = residence(episodes, agent.device)
+    windows = Windows(episodes, agent.spec, device=device, only=kept)
+    validation = Windows(episodes, agent.spec, device=device, only=held_out if len(held_out) else kept[:1])
     if (run / "checkpoint" / "state.pt").exists():
         restore(agent, run)
     write_atomically(run / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))

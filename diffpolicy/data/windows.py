@@ -36,6 +36,17 @@ class Batch:
     next_obs: Obs
     discount: torch.Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        if self.action.device == device:
+            return self
+
+        def moved(obs: Obs) -> Obs:
+            return {name: array.to(device) for name, array in obs.items()}
+
+        action, valid, reward, discount = (x.to(device) for x in (self.action, self.valid, self.reward, self.discount))
+        return Batch(moved(self.obs), action, valid, reward, moved(self.next_obs), discount)
+
 
 def _tensor(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
     # Shares memory on the CPU, so a memory-mapped store (opened copy-on-write) stays on disk.
