@@ -1,6 +1,7 @@
 """The command line: one verb an activity. Bad input is one sentence on standard error and exit code 2."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 from diffpolicy.cli.collect import collect
@@ -22,6 +23,12 @@ VERBS = {
 }
 
 
+def _note(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+    """Say what a warning says; where in the code it arose is no help to who typed a command."""
+    if issubclass(category, UserWarning):
+        print(f"note: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `diffpolicy`."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -29,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"usage: diffpolicy {{{','.join(VERBS)}}} ...   (each with --help)", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     try:
-        VERBS[argv[0]](argv[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            VERBS[argv[0]](argv[1:])
     except (DiffPolicyError, EnvsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
