@@ -122,6 +122,23 @@ CASES = {
         lambda p: ["collect", "--task", "pusht", "--out", str(p / "d")],
         "nobody here can demonstrate",
     ),
+    "named observations in D4RL's layout": (
+        lambda p: ["collect", "--task", "pointmaze-umaze", "--episodes", "1", "--out", str(p / "d.hdf5")],
+        "holds one flat array",
+    ),
+    "images": (
+        lambda p: train_argv(small_store(p / "d", obs={"img": np.zeros((12, 4, 4, 3), np.uint8)}), p),
+        "no encoder for them",
+    ),
+    "an observation that is not there": (
+        lambda p: train_argv(small_store(p / "d"), p, "--obs", "state"),
+        "no observation 'state'",
+    ),
+    "a share of nothing": (lambda p: train_argv("a@0+b@1", p), "share of 'a' is '0'"),
+    "conversion onto something else": (
+        lambda p: ["convert", small_store(p / "d"), str(p)],
+        "exists and is not a dataset of ours",
+    ),
     "reports missing": (lambda p: ["compare", str(p / "a"), str(p / "b")], "run diffpolicy evaluate first"),
 }
 
@@ -160,3 +177,18 @@ def test_python_sees_what_the_command_line_made(tmp_path):
     action, _ = Policy.load(tmp_path / "run").predict(np.zeros(2, np.float32))
     assert action.shape == (2,)
     assert np.isfinite(action).all()
+
+
+def test_a_mixture_converts_trains_and_resumes_by_its_names(tmp_path, capsys):
+    small_store(tmp_path / "a")
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b.hdf5")]) == 0
+    assert "2 episodes, 10 steps" in capsys.readouterr().out
+    mixture = f"{tmp_path / 'a'}@0.9+{tmp_path / 'b.hdf5'}@0.1"
+    assert main(train_argv(mixture, tmp_path, *HORIZONS)) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["dataset"]["episodes"] == 4
+    assert [part["share"] for part in config["dataset"]["mixture"]] == [0.9, 0.1]
+    argv = ["train", "--dataset", mixture, "--out", str(tmp_path / "run"), "--resume", "--steps", "4"]
+    assert main(argv) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from gymnasium import spaces
 
 from diffpolicy import train as training
 from diffpolicy.cli.shared import Flat, progress_bar
 from diffpolicy.data.episodes import Episode, Episodes, from_list
-from diffpolicy.data.sources import check_writable, save
+from diffpolicy.data.sources import check_writable, is_hdf5, save
 from diffpolicy.errors import DatasetError, SpecError
 from diffpolicy.evaluate import PARALLEL, bootstrap, outcomes, wilson
 from diffpolicy.policy import BOX_NAME
@@ -94,6 +95,11 @@ def collect(argv: Sequence[str]) -> None:
         episodes = _replay(actor, task, args.seed)
     else:
         envs = noisy_envs(task, min(args.episodes, PARALLEL), noise)
+        if is_hdf5(args.out) and not isinstance(envs.single_observation_space, spaces.Box):
+            raise DatasetError(
+                f"{task.env_id} has named observations and D4RL's layout, {args.out}, holds one flat array; give a "
+                "folder, or minari:<id>"
+            )
         with progress_bar() as bar:
             row = bar.add_task("collecting", total=args.episodes)
             episodes = rollout(

@@ -27,6 +27,12 @@ class TrainArgs:
     """Any format that load() reads, or several joined by +."""
     out: Path
     """Run folder."""
+    obs: tuple[str, ...] | None = None
+    """Names of the observations to read; all but images if not given."""
+    part: str | None = None
+    """A named part of the dataset, such as robomimic's train."""
+    relabel: str | None = None
+    """The task whose rewards are wanted, of OGBench's datasets."""
     task: str | None = None
     """Name of a task, for its presets, observation names and normalisation."""
     agent: Literal["bc"] = "bc"
@@ -49,7 +55,7 @@ def train(argv: Sequence[str]) -> None:
     if (args.out / "config.json").exists() and not args.resume:
         raise PolicyError(f"{args.out} holds a run already; add --resume to continue it, or give another --out")
     task = get_task(args.task)
-    episodes = prepare(task, load(args.dataset))
+    episodes = prepare(task, load(args.dataset, args.obs, args.part, args.relabel))
     spec = Spec.from_episodes(episodes, args.horizon, args.n_obs_steps, args.n_action_steps)
     device = training.resolve_device(args.train.device)
     agent = AGENTS[args.agent](spec, episodes, task.kinds if task else {}, args.bc, args.train, device)
@@ -110,6 +116,8 @@ def _from_json(kind: Any, values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
     built = {}
     for f in dataclasses.fields(kind):
+        if f.name not in values:
+            continue  # a run of an earlier version: the default is what it did
         value = values[f.name]
         if dataclasses.is_dataclass(hints[f.name]):
             value = _from_json(hints[f.name], value)

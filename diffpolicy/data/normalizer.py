@@ -104,6 +104,11 @@ class Normalizer(nn.Module):
             raise DatasetError("an observation is called 'action', the name of the actions; rename it")
         arrays = {**episodes.obs, "action": episodes.action}
         for name, array in arrays.items():
+            if array.ndim > 3:
+                raise DatasetError(
+                    f"{name!r} holds images, {array.shape}, and this version has no encoder for them; choose other "
+                    "observations, load(..., obs=[...]) or --obs"
+                )
             if array.ndim != 2:
                 raise DatasetError(f"{name!r} has shape {array.shape}; wanted rows of numbers, (rows, D): flatten it")
         if unknown := set(kinds) - set(arrays):

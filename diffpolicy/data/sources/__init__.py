@@ -92,6 +92,11 @@ def _format_of(path: Path) -> Read:
     )
 
 
+def is_hdf5(out: str | Path) -> bool:
+    """Whether `save` writes D4RL's layout under this name."""
+    return str(out).endswith(HDF5)
+
+
 def save(episodes: Episodes, out: str | Path) -> None:
     """Write a dataset: D4RL's layout where the name ends in `.hdf5`, through Minari for `minari:<id>`, else a store.
 
@@ -102,7 +107,7 @@ def save(episodes: Episodes, out: str | Path) -> None:
     try:
         if str(out).startswith(MINARI):
             minari.save(episodes, str(out).removeprefix(MINARI))
-        elif str(out).endswith(HDF5):
+        elif is_hdf5(out):
             d4rl.save(episodes, Path(out))
         else:
             store.save(episodes, out)
@@ -118,7 +123,7 @@ def check_writable(out: str | Path) -> None:
     """
     if str(out).startswith(MINARI):
         return
-    path, file = Path(out), str(out).endswith(HDF5)
+    path, file = Path(out), is_hdf5(out)
     if path.exists() and not (path.is_file() if file else store.is_store(path)):
         raise DatasetError(f"{out} exists and is not a dataset of ours; give another path or remove it")
 
@@ -129,7 +134,7 @@ def convert(dataset: str | Path, out: str | Path, wanted: Wanted) -> Episodes:
     Raises:
         DatasetError: as `load` and `save`.
     """
-    if str(out).startswith(MINARI) or str(out).endswith(HDF5):
+    if str(out).startswith(MINARI) or is_hdf5(out):
         episodes = read(str(dataset), wanted)
         save(episodes, out)
         return episodes
