@@ -8,7 +8,8 @@
 
 Logged names: `loss` and `validation/loss` (squared error of the prediction, unit scale), `grad_norm` (before
 clipping), `learning_rate`, `samples_per_s`, `validation/action_error` (mean absolute error of sampled actions against
-the data's, unit scale) and `validation/action_error_by_index/k` for the k-th action of the chunk.
+the data's, unit scale) and `validation/action_error_by_index/k` for the k-th action of the chunk. Those of critics are
+explained in `critics.py`, and those of one agent alone at its top.
 """
 
 import hashlib
@@ -73,8 +74,16 @@ class Agent(Protocol):
         """One optimizer step on an encoded batch."""
         ...
 
+    def windows(self, episodes: Episodes, device: torch.device, only: np.ndarray | None = None) -> Windows:
+        """Return what it learns from, of the episodes numbered `only`."""
+        ...
+
     def validation_loss(self, batch: Batch, seed: int = 0) -> float:
         """Loss of the averaged weights on an encoded batch."""
+        ...
+
+    def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float]:
+        """Whatever else describes it on an encoded batch, by name."""
         ...
 
     def policy(self) -> Policy:
@@ -125,14 +134,18 @@ class Order:
 class WeightedOrder:
     """Which windows make batch `step`, drawn by their weights: a function of (seed, step) only."""
 
-    def __init__(self, weight: torch.Tensor, batch_size: int, seed: int) -> None:
-        self.cumulative, self.batch_size, self.seed = weight.cumsum(0), batch_size, seed
+    def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
+        assert windows.weight is not None
+        self.first, self.count, self.weight = windows.first.cpu(), windows.count.cpu(), windows.weight.cpu().double()
+        self.upto, self.batch_size, self.seed = (self.weight * self.count).cumsum(0), batch_size, seed
 
     def __call__(self, step: int) -> torch.Tensor:
         """Indices `(batch_size,)` of one step."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)
-        u = torch.rand(self.batch_size, generator=generator, dtype=torch.float64) * self.cumulative[-1]
-        return torch.searchsorted(self.cumulative, u, right=True).clamp(max=len(self.cumulative) - 1)
+        u = torch.rand(self.batch_size, generator=generator, dtype=torch.float64) * self.upto[-1]
+        episode = torch.searchsorted(self.upto, u, right=True).clamp(max=len(self.upto) - 1)
+        within = (u - self.upto[episode]) / self.weight[episode] + self.count[episode]
+        return self.first[episode] + within.long().clamp(min=0).minimum(self.count[episode] - 1)
 
 
 def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = None) -> Iterator[tuple[int, Metrics]]:
@@ -144,7 +157,7 @@ def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = 
     if windows.weight is None:
         order = Order(len(windows), config.batch_size, config.seed)
     else:
-        order = WeightedOrder(windows.weight, config.batch_size, config.seed)
+        order = WeightedOrder(windows, config.batch_size, config.seed)
     last, clock = agent.step, time.perf_counter()
     while agent.step < config.steps:
         batch = agent.normalizer.encode(windows.gather(order(agent.step)).to(agent.device))
@@ -198,6 +211,7 @@ def validate(agent: Agent, windows: Windows) -> tuple[Metrics, tuple[np.ndarray,
         "validation/loss": agent.validation_loss(encoded),
         "validation/action_error": float(error.sum() / batch.valid.sum()),
         **{f"validation/action_error_by_index/{k:02d}": float(e) for k, e in enumerate(by_index)},
+        **{f"validation/{name}": value for name, value in agent.statistics(encoded).items()},
     }
     return metrics, (chunk.cpu().numpy(), batch.action.cpu().numpy())
 
@@ -217,8 +231,8 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     kept, held_out = split(episodes, config.validation_fraction, config.seed)
     device = residence(episodes, agent.device)
-    windows = Windows(episodes, agent.spec, device=device, only=kept)
-    validation = Windows(episodes, agent.spec, device=device, only=held_out if len(held_out) else kept[:1])
+    windows = agent.windows(episodes, device, kept)
+    validation = agent.windows(episodes, device, held_out if len(held_out) else kept[:1])
     if (run / "checkpoint" / "state.pt").exists():
         restore(agent, run)
     write_atomically(run / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))

@@ -78,6 +78,8 @@ class Windows:
         require_next: leave out windows whose next observation was never recorded (for bootstrapping).
         only: numbers of the episodes to take windows from, all if None.
         n_step: steps of the return, `n_action_steps` if None.
+
+    `weight (K,)` of the K episodes that have windows is how likely training takes one of each, None for all alike.
     """
 
     def __init__(
@@ -103,36 +105,25 @@ class Windows:
         self.horizon_end = torch.where(has_final | self.terminated, self.length, self.length - 1)
         self.powers = gamma ** torch.arange(self.n_step + 1, device=device, dtype=torch.float32)
         self.stop = _steps_to_masked(episodes.info.get("mask"), self.n_step, device)
-        self.rows = self._rows(require_next, only)
-        self.weight = None if episodes.weight is None else self._weights(np.asarray(episodes.weight))
-
-    def _rows(self, require_next: bool, only: np.ndarray | None) -> torch.Tensor | None:
-        """Return the steps that windows are taken from, None for all."""
-        usable = self.horizon_end if require_next else self.length
-        if only is None and bool((usable == self.length).all()):
-            return None
-        chosen = torch.ones_like(usable, dtype=torch.bool)
+        count = self.horizon_end if require_next else self.length
         if only is not None:
-            chosen = torch.zeros_like(chosen).index_fill_(0, torch.as_tensor(only, device=chosen.device), True)
-        episode = torch.repeat_interleave(torch.arange(len(usable), device=usable.device), self.length)
-        step = torch.arange(len(episode), device=usable.device) - self.start[episode]
-        return (chosen[episode] & (step < usable[episode])).nonzero().squeeze(-1)
-
-    def _weights(self, of_episode: np.ndarray) -> torch.Tensor:
-        """Return how likely training takes each window, relative to others, `(len(self),)`."""
-        weights = torch.from_numpy(of_episode.astype(np.float64)).repeat_interleave(self.length.cpu())
-        return weights if self.rows is None else weights[self.rows.cpu()]
+            count = count * torch.zeros_like(count).index_fill_(0, torch.as_tensor(only, device=count.device), 1)
+        # Windows are numbered through the episodes that have any: what is kept grows with them, not with the steps.
+        self.episode = count.nonzero().squeeze(-1)
+        self.count = count[self.episode]
+        self.first = self.count.cumsum(0) - self.count
+        self.weight = None if episodes.weight is None else torch.tensor(episodes.weight, device=device)[self.episode]
 
     def __len__(self) -> int:
         """Return the number of windows."""
-        return len(self.action) if self.rows is None else len(self.rows)
+        return int(self.count.sum())
 
     def gather(self, index: torch.Tensor) -> Batch:
         """Return the windows of `index` `(B,)`, whole numbers below `len(self)`."""
         index = index.to(self.action.device)
-        row = index if self.rows is None else self.rows[index]
-        episode = torch.searchsorted(self.start, row, right=True) - 1
-        step, length = row - self.start[episode], self.length[episode]
+        which = torch.searchsorted(self.first, index, right=True) - 1
+        episode, step = self.episode[which], index - self.first[which]
+        row, length = self.start[episode] + step, self.length[episode]
         first_obs, first_action = self.start[episode] + episode, self.start[episode]
 
         n = torch.minimum(self.horizon_end[episode] - step, row.new_tensor(self.n_step)).clamp(min=0)

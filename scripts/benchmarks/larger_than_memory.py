@@ -31,6 +31,7 @@ from foundation import RESULTS
 from torch.utils.data import DataLoader, Dataset
 
 import diffpolicy as dp
+from diffpolicy.data.episodes import split
 from diffpolicy.data.sources import convert
 from diffpolicy.data.sources.reading import Wanted
 from diffpolicy.data.spec import Spec
@@ -118,7 +119,8 @@ def run_ours(folder: Path) -> dict[str, float]:
 
     def make() -> Callable[[], Any]:
         episodes = dp.load(folder / "store")
-        windows = Windows(episodes, Spec.from_episodes(episodes, TP, TO, TA))
+        kept, _ = split(episodes, 0.02, 0)
+        windows = Windows(episodes, Spec.from_episodes(episodes, TP, TO, TA), only=kept)
         order, step = Order(len(windows), BATCH, 0), iter(range(BATCHES))
         return lambda: windows.gather(order(next(step)))
 

@@ -166,14 +166,15 @@ def test_shares_of_0_8_and_0_2_are_those_of_the_windows_drawn_whatever_the_sizes
     save(make_episodes((40, 55)), tmp_path / "b")
     both = load(f"{tmp_path / 'a'}@0.8+{tmp_path / 'b'}@0.2")
     windows = Windows(both, Spec.from_episodes(both, 4, 1, 1))
-    order = WeightedOrder(windows.weight, 1000, seed=0)
+    order = WeightedOrder(windows, 1000, seed=0)
     drawn = np.concatenate([order(step).numpy() for step in range(40)])
     # 40,000 draws: the standard deviation of the share is 0.002.
     assert abs((drawn < 5).mean() - 0.8) < 0.01
     assert set(drawn) == set(range(100))
-    np.testing.assert_array_equal(order(7), WeightedOrder(windows.weight, 1000, seed=0)(7))
+    np.testing.assert_array_equal(order(7), WeightedOrder(windows, 1000, seed=0)(7))
     only = Windows(both, Spec.from_episodes(both, 4, 1, 1), only=np.array([1, 2]))
-    assert only.weight.tolist() == pytest.approx([0.16] * 3 + [0.2 / 95] * 40)
+    assert only.weight.tolist() == pytest.approx([0.8 / 5, 0.2 / 95])
+    assert only.count.tolist() == [3, 40]
 
 
 def test_weights_survive_the_store_selection_and_renaming(tmp_path):

@@ -1,0 +1,51 @@
+"""Reward transforms, `r -> scale r + shift`: critics learn best from returns of a size that networks start at.
+
+Published settings (`kind`, then `scale`, `shift`): MuJoCo `return_range` (Kostrikov et al. 2022) or `plain`; AntMaze
+`plain, 1, -1` or `plain, 4, -2`; Adroit `standard`.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from diffpolicy.data.episodes import Episodes
+from diffpolicy.errors import DatasetError
+
+
+def plain(episodes: Episodes) -> tuple[float, float]:
+    """As they are: `(scale, shift)`."""
+    return 1.0, 0.0
+
+
+def return_range(episodes: Episodes) -> tuple[float, float]:
+    """Best and worst episode 1000 apart: `(scale, shift)`.
+
+    Raises:
+        DatasetError: if all episodes have the same return.
+    """
+    returns = np.add.reduceat(np.asarray(episodes.reward, dtype=np.float64), np.asarray(episodes.start))
+    width = returns.max() - returns.min()
+    if not width > 0:
+        raise DatasetError(f"every episode has the return {returns[0]:g}; their range cannot scale rewards: use plain")
+    return 1000 / float(width), 0.0
+
+
+def standard(episodes: Episodes) -> tuple[float, float]:
+    """Mean 0, standard deviation 1: `(scale, shift)`.
+
+    Raises:
+        DatasetError: if all rewards are the same.
+    """
+    reward = np.asarray(episodes.reward, dtype=np.float64)
+    mean, std = float(reward.mean()), float(reward.std())
+    if not std > 0:
+        raise DatasetError(f"every reward is {mean:g}; they cannot be standardised: use plain")
+    return 1 / std, -mean / std
+
+
+def transformed(episodes: Episodes, scale: float, shift: float) -> Episodes:
+    """Return the same episodes with rewards `scale r + shift`."""
+    if (scale, shift) == (1.0, 0.0):
+        return episodes
+    reward = (np.asarray(episodes.reward, dtype=np.float64) * scale + shift).astype(np.float32)
+    return replace(episodes, reward=reward)
