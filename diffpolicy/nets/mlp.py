@@ -2,11 +2,13 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from diffpolicy.nets.embed import TimeEmbedding
+from diffpolicy.nets.network import Network
 
 
-class Mlp(nn.Module):
+class Mlp(Network):
     """`(B, Tp, Da), (B,), (B, C) -> (B, Tp, Da)`: residual blocks of LayerNorm, Linear, Mish, Linear.
 
     Args:
@@ -28,8 +30,9 @@ class Mlp(nn.Module):
         step_embed_dim: int = 64,
     ) -> None:
         super().__init__()
+        self.chunk_size = horizon * action_dim
         self.time = TimeEmbedding(step_embed_dim)
-        self.inlet = nn.Linear(horizon * action_dim + step_embed_dim + cond_dim, hidden_dim)
+        self.inlet = nn.Linear(self.chunk_size + step_embed_dim + cond_dim, hidden_dim)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(hidden_dim),
@@ -41,10 +44,14 @@ class Mlp(nn.Module):
         )
         self.outlet = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Mish(), nn.Linear(hidden_dim, horizon * action_dim))
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        """Predict; what the prediction means is the denoiser's business."""
-        parts = [x_t.flatten(1), self.time(t)] + ([] if cond is None else [cond])
-        h = self.inlet(torch.cat(parts, dim=-1))
+    def modulation(self, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """Share of diffusion time and condition in the first layer, bias included, `(B, hidden_dim)`."""
+        known = self.time(t) if cond is None else torch.cat([self.time(t), cond], dim=-1)
+        return functional.linear(known, self.inlet.weight[:, self.chunk_size :], self.inlet.bias)
+
+    def body(self, x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        """The rest of the first layer, the blocks, the outlet."""
+        h = modulation + functional.linear(x_t.flatten(1), self.inlet.weight[:, : self.chunk_size])
         for block in self.blocks:
             h = h + block(h)
         return self.outlet(h).view_as(x_t)

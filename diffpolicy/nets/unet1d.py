@@ -15,7 +15,7 @@ of the diffusion time's embedding and the condition. With Chi et al.'s Push-T se
 256-512-1024, kernel 5) it has 65.78 M parameters and computes the function of the original for the same weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from diffpolicy.nets.conv import Conv1d
 from diffpolicy.nets.embed import TimeEmbedding
+from diffpolicy.nets.network import Network
 
 
 def conv_block(in_channels: int, out_channels: int, kernel_size: int, groups: int) -> nn.Sequential:
@@ -35,7 +36,7 @@ def conv_block(in_channels: int, out_channels: int, kernel_size: int, groups: in
 
 
 class ResidualBlock(nn.Module):
-    """`(B, C_in, L), (B, E) -> (B, C_out, L)`."""
+    """`(B, C_in, L), (B, 2 C_out) -> (B, C_out, L)`; `film` makes the second from an embedding `(B, E)`."""
 
     def __init__(self, in_channels: int, out_channels: int, cond_dim: int, kernel_size: int, groups: int) -> None:
         super().__init__()
@@ -44,10 +45,10 @@ class ResidualBlock(nn.Module):
         self.film = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, 2 * out_channels))
         self.skip = Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
         """Two convolutions with FiLM between them, around a skip."""
-        scale, shift = self.film(embedding).unsqueeze(-1).chunk(2, dim=1)
-        return self.second(scale * self.first(x) + shift) + self.skip(x)
+        scale, shift = film.unsqueeze(-1).chunk(2, dim=1)
+        return self.second(torch.addcmul(shift, scale, self.first(x))) + self.skip(x)
 
 
 class Level(nn.Module):
@@ -59,13 +60,13 @@ class Level(nn.Module):
         self.second = second
         self.resample = resample
 
-    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the features before and after the change of length."""
-        features = self.second(self.first(x, embedding), embedding)
+    def forward(self, x: torch.Tensor, films: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features before and after the change of length; takes the next two of `films`."""
+        features = self.second(self.first(x, next(films)), next(films))
         return features, self.resample(features)
 
 
-class UNet1d(nn.Module):
+class UNet1d(Network):
     """Noise chunk, diffusion time and condition to a chunk: `(B, Tp, Da), (B,), (B, C) -> (B, Tp, Da)`, any `Tp`.
 
     Args:
@@ -111,18 +112,26 @@ class UNet1d(nn.Module):
         self.head = nn.Sequential(
             conv_block(down_dims[0], down_dims[0], kernel_size, groups), Conv1d(down_dims[0], action_dim, 1)
         )
+        self.blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]  # as they run
+        self.film_sizes = [block.film[1].out_features for block in self.blocks]
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        """Predict; what the prediction means is the denoiser's business."""
+    def modulation(self, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """Scales and shifts of all blocks side by side, `(B, 2 sum C_out)`."""
+        embedding = self.time(t) if cond is None else torch.cat([self.time(t), cond], dim=-1)
+        activated = functional.mish(embedding)  # the first layer of every `film`, once
+        return torch.cat([block.film[1](activated) for block in self.blocks], dim=-1)
+
+    def body(self, x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        """Down, middle, up, head."""
         length = x_t.shape[1]
         x = functional.pad(x_t.transpose(1, 2), (0, -length % self.multiple), mode="replicate")
-        embedding = self.time(t) if cond is None else torch.cat([self.time(t), cond], dim=-1)
+        films = iter(modulation.split(self.film_sizes, dim=-1))
         skips = []
         for level in self.down:
-            skip, x = level(x, embedding)
+            skip, x = level(x, films)
             skips.append(skip)
         for block in self.mid:
-            x = block(x, embedding)
+            x = block(x, next(films))
         for level in self.up:
-            _, x = level(torch.cat([x, skips.pop()], dim=1), embedding)
+            _, x = level(torch.cat([x, skips.pop()], dim=1), films)
         return self.head(x)[..., :length].transpose(1, 2)

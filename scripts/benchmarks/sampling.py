@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from plain import PlainUNet
+from torch import nn
 
 from diffpolicy.control.compiled import compile_plan, example, share_of_range
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.nets.unet1d import UNet1d
+from diffpolicy.nets.unet1d import Level, UNet1d
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
 from diffpolicy.policy import Policy
 
@@ -75,8 +76,9 @@ def plain_network(network: UNet1d, dims: tuple[int, int, int]) -> PlainUNet:
     """The plain network with the weights of ours."""
     plain, modules = PlainUNet(2, 40, dims), []
     for part in (network.down, network.up):
-        blocks = [block for level in part for block in (level.first, level.second)]
-        modules.append([blocks, [level.resample for level in part if list(level.resample.parameters())]])
+        levels = [level for level in part if isinstance(level, Level)]
+        resamples = [level.resample for level in levels if not isinstance(level.resample, nn.Identity)]
+        modules.append([[block for level in levels for block in (level.first, level.second)], resamples])
     mine = [network.time.net, *modules[0][0], *modules[0][1], *network.mid, *modules[1][0], *modules[1][1]]
     theirs = [plain.time, *plain.down, *plain.halve, *plain.mid, *plain.up, *plain.upsample]
     pairs = [*zip(theirs, mine, strict=True), (plain.head[:3], network.head[0]), (plain.head[3], network.head[1])]
@@ -99,7 +101,8 @@ def plain_plan(policy: Policy, dims: tuple[int, int, int]) -> Callable[..., torc
         scheduler.set_timesteps(STEPS, device=noise.device)
         x = noise[0]
         for k in scheduler.timesteps:
-            x = scheduler.step(network(x, k.expand(len(x)), cond), k, x).prev_sample  # pyright: ignore
+            eps = network(x, k.expand(len(x)), cond)
+            x = scheduler.step(eps, k, x, use_clipped_model_output=True).prev_sample  # pyright: ignore
         return policy.normalizer.decode_action(x)
 
     return plan

@@ -1,0 +1,301 @@
+"""Backends: ways to run the body of a network, and the chain around it, faster than PyTorch runs it line by line.
+
+    name               device   runs                                                        packages
+    eager              any      PyTorch, the chain in two stages
+    inductor           any      torch.compile, weights frozen                               a C++ compiler
+    cudagraph          cuda     all steps captured in one CUDA graph            -bf16   the body in bfloat16
+    onnxruntime        cpu      the exported body, convolutions as products     -int8   weights of 8 bits
+    openvino           cpu      likewise                                        -int8, -bf16 where the CPU has it
+
+Each makes bodies for one batch size and may wrap the chain around them. Threads are PyTorch's, `get_num_threads()`.
+"""
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from io import BytesIO
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpolicy.control.chain import Bodies, Body, Chain
+from diffpolicy.diffusion.sampler import Sample
+from diffpolicy.errors import MissingExtraError, PolicyError
+from diffpolicy.nets.network import Network
+from diffpolicy.nets.product import Compressed, Exact, Product, with_products
+from diffpolicy.policy import Policy
+
+ChainPlan = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (cond, noise) -> chunk
+EXPORT = ("onnx", "onnxscript")
+
+
+class Job:
+    """A policy and a batch size to compile for; what several backends need is made once.
+
+    Raises:
+        PolicyError: if its network has no two stages, or it chooses among several samples.
+    """
+
+    def __init__(self, policy: Policy, batch_size: int) -> None:
+        if not isinstance(policy.planner, Sample):
+            raise PolicyError(
+                "this policy chooses among several samples, and a compiled plan samples once; compile "
+                "policy.with_selection(SelectionConfig(samples=1)), or plan without compiling"
+            )
+        self.policy = policy
+        self.batch_size = batch_size
+        self.network = network_of(policy)
+        self._exported: dict[Product, Any] = {}
+
+    def blank(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Condition of a history of zeros `(B, C)`, noise of zeros `(draws, B, Tp, Da)`."""
+        policy, spec = self.policy, self.policy.spec
+        history = {
+            name: torch.zeros(self.batch_size, spec.n_obs_steps, *shape, device=policy.device)
+            for name, shape in spec.obs_shapes.items()
+        }
+        cond = policy.encoder(policy.normalizer.encode_obs(history))
+        return cond, cond.new_zeros(policy.planner.draws, self.batch_size, spec.horizon, spec.action_dim)
+
+    def exported(self, product: Product) -> Any:
+        """Return the body as an `onnx.ModelProto`: `x_t (B, Tp, Da)`, `modulation (B, M)` to the prediction."""
+        if product not in self._exported:
+            cond, noise = self.blank()
+            modulation = self.network.modulation(cond.new_ones(self.batch_size), cond)
+            module = _Body(with_products(self.network, product))
+            self._exported[product] = _to_onnx(module, noise[0].clone(), modulation.clone())
+        return self._exported[product]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to plan.
+
+    Args:
+        bodies: makes them.
+        device: the kind it runs on, None for any.
+        packages: what it imports.
+        ready: says why this machine cannot run it, or nothing.
+        wrap: makes something faster of the chain around the bodies, given example inputs.
+    """
+
+    bodies: Callable[[Job], Bodies]
+    device: str | None = None
+    packages: tuple[str, ...] = ()
+    ready: Callable[[], str] = lambda: ""
+    wrap: Callable[[ChainPlan, torch.Tensor, torch.Tensor], ChainPlan] = lambda chain, cond, noise: chain
+
+    def chain(self, job: Job, bodies: Bodies) -> ChainPlan:
+        """Return the policy's sampler around `bodies`."""
+        return self.wrap(Chain(job.policy, job.network, bodies, job.batch_size), *job.blank())
+
+    def check(self, name: str, policy: Policy) -> None:
+        """Refuse what cannot run here.
+
+        Raises:
+            PolicyError: if the policy is on another device, or the machine lacks something.
+            MissingExtraError: if a package is not installed.
+        """
+        kind = policy.device.type
+        if self.device is not None and kind != self.device:
+            raise PolicyError(
+                f"the policy is on {kind} and the backend {name!r} runs on {self.device}; load the policy with "
+                f"device={self.device!r}, or choose one of {', '.join(usable_on(kind))}"
+            )
+        if missing := [package for package in self.packages if find_spec(package) is None]:
+            raise MissingExtraError(
+                f"the backend {name!r} needs {', '.join(self.packages)}, and {', '.join(missing)} is not installed; "
+                "pip install 'diffpolicy[export]', or choose another backend"
+            )
+        if reason := self.ready():
+            raise PolicyError(f"the backend {name!r} {reason}")
+
+
+def usable_on(kind: str) -> list[str]:
+    """Names of the backends of a kind of device, `cpu` or `cuda`."""
+    return [name for name, backend in BACKENDS.items() if backend.device in (None, kind)]
+
+
+class _Body(nn.Module):
+    """The body of a network as a module's `forward`, which is what exporters take."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        return self.network.body(x_t, modulation)
+
+
+def network_of(policy: Policy) -> Network:
+    """Return the policy's network.
+
+    Raises:
+        PolicyError: if it has no two stages.
+    """
+    network = policy.denoiser.network
+    if not isinstance(network, Network):
+        raise PolicyError(
+            f"{type(network).__name__} is not a diffpolicy.nets.network.Network; give it the methods "
+            "modulation and body, or plan without compiling"
+        )
+    return network
+
+
+def _eager(job: Job) -> Bodies:
+    return Bodies(job.network.body, job.network.body)
+
+
+def _inductor(job: Job) -> Bodies:
+    body = torch.compile(_Body(job.network), dynamic=False, options={"freezing": True})
+    return Bodies(body, body)
+
+
+def _cpp_compiler() -> str:
+    if any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        return ""
+    return "needs a C++ compiler and finds none; install g++ or clang++, or choose another backend"
+
+
+class CapturedChain:
+    """A chain as one CUDA graph: its inputs have fixed places, a plan is two copies, one launch and one copy out."""
+
+    def __init__(self, chain: ChainPlan, cond: torch.Tensor, noise: torch.Tensor) -> None:
+        self.cond, self.noise = cond.clone(), noise.clone()
+        stream = torch.cuda.Stream(cond.device)
+        stream.wait_stream(torch.cuda.current_stream(cond.device))
+        with torch.cuda.stream(stream):  # libraries choose kernels and allocate before anything is captured
+            for _ in range(3):
+                chain(self.cond, self.noise)
+        torch.cuda.current_stream(cond.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.chunk = chain(self.cond, self.noise)
+
+    def __call__(self, cond: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Replay on new inputs."""
+        self.cond.copy_(cond)
+        self.noise.copy_(noise)
+        self.graph.replay()
+        return self.chunk.clone()
+
+
+def _bfloat16(job: Job) -> Bodies:
+    network = deepcopy(job.network).to(torch.bfloat16)
+
+    def body(x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        return network.body(x_t.bfloat16(), modulation.bfloat16()).to(x_t.dtype)
+
+    return Bodies(job.network.body, body)
+
+
+def _to_onnx(module: nn.Module, x_t: torch.Tensor, modulation: torch.Tensor) -> Any:
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(module, (x_t, modulation))
+        exported = torch.onnx.export(program, input_names=["x_t", "modulation"], dynamo=True, verbose=False)
+    assert exported is not None
+    return exported.model_proto
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to themselves what exporters say of packages nobody asked for."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "onnxruntime")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _onnxruntime(job: Job) -> Bodies:
+    body = _onnxruntime_body(job.exported(Exact))
+    return Bodies(body, body)
+
+
+def _onnxruntime_int8(job: Job) -> Bodies:
+    exact = job.exported(Exact)
+    return Bodies(_onnxruntime_body(exact), _onnxruntime_body(_eight_bits(exact)))
+
+
+def _onnxruntime_body(model: Any) -> Body:
+    ort = import_module("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def body(x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        feed = {"x_t": x_t.numpy(), "modulation": modulation.numpy()}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    return body
+
+
+def _eight_bits(model: Any) -> Any:
+    """Return a copy whose products with a constant matrix are `MatMulNBits`: 8 bits, one scale to 128 weights."""
+    quantizer = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+    with _quiet():
+        of = quantizer.MatMulNBitsQuantizer(
+            deepcopy(model), bits=8, block_size=128, is_symmetric=True, accuracy_level=4
+        )
+        of.process()
+    return of.model.model
+
+
+def _openvino(job: Job, precision: str = "f32", product: Product = Exact) -> Bodies:
+    exact = _openvino_body(job.exported(Exact), "f32")
+    if (precision, product) == ("f32", Exact):
+        return Bodies(exact, exact)
+    return Bodies(exact, _openvino_body(job.exported(product), precision))
+
+
+def _openvino_body(model: Any, precision: str) -> Body:
+    core = import_module("openvino").Core()
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+        "SNIPPETS_MODE": "DISABLE",  # 2026.4 takes Mish between two products for a pattern it knows, and crashes
+    }
+    compiled = core.compile_model(core.read_model(BytesIO(model.SerializeToString())), "CPU", options)
+    request = compiled.create_infer_request()
+
+    def body(x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(request.infer([x_t.numpy(), modulation.numpy()], share_inputs=True)[0])
+
+    return body
+
+
+def _cpu_bfloat16() -> str:
+    core = import_module("openvino").Core()
+    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return ""
+    return "needs a CPU that multiplies bfloat16 (AVX512-BF16 or AMX); choose openvino-int8 or openvino"
+
+
+OPENVINO, ONNXRUNTIME = ("openvino", *EXPORT), ("onnxruntime", *EXPORT)
+BACKENDS: dict[str, Backend] = {
+    "eager": Backend(_eager),
+    "inductor": Backend(_inductor, ready=_cpp_compiler),
+    "cudagraph": Backend(_eager, "cuda", wrap=CapturedChain),
+    "cudagraph-bf16": Backend(_bfloat16, "cuda", wrap=CapturedChain),
+    "onnxruntime": Backend(_onnxruntime, "cpu", ONNXRUNTIME),
+    "onnxruntime-int8": Backend(_onnxruntime_int8, "cpu", ONNXRUNTIME),
+    "openvino": Backend(_openvino, "cpu", OPENVINO),
+    "openvino-bf16": Backend(partial(_openvino, precision="bf16"), "cpu", OPENVINO, _cpu_bfloat16),
+    "openvino-int8": Backend(partial(_openvino, product=Compressed), "cpu", OPENVINO),
+}
