@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import nn
 
+from diffpolicy.data import rewards
+from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion import denoiser as predictions
@@ -16,7 +18,10 @@ from diffpolicy.diffusion.denoiser import Denoiser, NetworkDenoiser, Prediction
 from diffpolicy.diffusion.guidance import Clipped
 from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Sample, Sampler
 from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
+from diffpolicy.diffusion.selection import BestOf
 from diffpolicy.errors import SpecError
+from diffpolicy.nets import critic as critics
+from diffpolicy.nets.critic import Aggregate, Critic, Ensemble, Value
 from diffpolicy.nets.encoder import EmbeddingEncoder, FlattenEncoder
 from diffpolicy.nets.mlp import Mlp
 from diffpolicy.nets.unet1d import UNet1d
@@ -36,6 +41,24 @@ SAMPLERS: dict[str, Callable[[float], Sampler]] = {
     "euler": lambda eta: Ddim(0.0),
     "heun": lambda eta: Heun(),
     "dpm++2m": lambda eta: DpmPP2M(),
+}
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": lambda: nn.GELU("tanh"),
+    "mish": nn.Mish,
+}
+
+AGGREGATES: dict[str, Callable[[float], Aggregate]] = {
+    "min": lambda rho: critics.minimum,
+    "mean": lambda rho: critics.mean,
+    "lower_bound": critics.LowerBound,
+}
+
+REWARDS: dict[str, Callable[[Episodes], tuple[float, float]]] = {
+    "plain": rewards.plain,
+    "return_range": rewards.return_range,
+    "standard": rewards.standard,
 }
 
 
@@ -79,6 +102,55 @@ class SamplerConfig:
     """Ddim only: 0 is deterministic, 1 is DDPM."""
 
 
+@dataclass(frozen=True)
+class CriticConfig:
+    """An ensemble of networks that value the executed actions of a chunk."""
+
+    hidden: tuple[int, ...] = (256, 256)
+    """Width of each layer."""
+    members: int = 2
+    """Networks of the ensemble."""
+    layer_norm: bool = False
+    """LayerNorm before each activation."""
+    activation: Literal["relu", "gelu", "mish"] = "relu"
+    """Nonlinearity."""
+    aggregate: Literal["min", "mean", "lower_bound"] = "min"
+    """One value of the members': smallest, mean, or mean minus rho standard deviations."""
+    rho: float = 1.0
+    """lower_bound only: how many standard deviations."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """How many chunks are sampled to act, and how a critic chooses one of them."""
+
+    samples: int = 1
+    """Chunks sampled a plan; 1 chooses nothing."""
+    temperature: float = 0.0
+    """0 takes the best; above, one is drawn by the softmax of value / temperature."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A trained critic, what it was made from, and how it chooses."""
+
+    critic: Critic
+    critic_config: CriticConfig
+    config: SelectionConfig
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What critics see of a reward `r`: `scale k(r) + shift`, with `k` of the kind."""
+
+    kind: Literal["plain", "return_range", "standard"] = "plain"
+    """k: r itself; 1000 r / (best return - worst return); or (r - mean) / standard deviation."""
+    scale: float = 1.0
+    """Factor."""
+    shift: float = 0.0
+    """Added afterwards."""
+
+
 def make_encoder(config: DenoiserConfig, spec: Spec, normalizer: Normalizer) -> nn.Module:
     """Return a fresh encoder of the observation history.
 
@@ -115,8 +187,8 @@ def make_denoiser(config: DenoiserConfig, spec: Spec, normalizer: Normalizer) ->
         raise SpecError(str(error)) from error
 
 
-def make_planner(denoiser: Denoiser, clip: float | None, config: SamplerConfig) -> Sample:
-    """Return the planner that samples from `denoiser`, clipped.
+def make_planner(denoiser: Denoiser, clip: float | None, config: SamplerConfig, repeats: int = 1) -> Sample:
+    """Return the planner that samples from `denoiser`, clipped; each step is taken `repeats` times.
 
     Raises:
         SpecError: if the sampler is unknown or has no steps.
@@ -126,9 +198,66 @@ def make_planner(denoiser: Denoiser, clip: float | None, config: SamplerConfig) 
             f"got sampler {config.sampler!r} with {config.steps} steps; wanted one of {', '.join(SAMPLERS)} "
             "with at least 1 step"
         )
-    return Sample(
-        denoiser if clip is None else Clipped(denoiser, clip), SAMPLERS[config.sampler](config.eta), config.steps
-    )
+    clipped = denoiser if clip is None else Clipped(denoiser, clip)
+    return Sample(clipped, SAMPLERS[config.sampler](config.eta), config.steps, repeats)
+
+
+def make_selector(planner: Sample, selection: Selection | None) -> Sample | BestOf:
+    """Return the planner that samples several times and keeps what the critic chooses; `planner` itself for 1 sample.
+
+    Raises:
+        SpecError: if the number of samples or the temperature is impossible.
+    """
+    if selection is None:
+        return planner
+    n, temperature = selection.config.samples, selection.config.temperature
+    if n < 1 or not temperature >= 0:
+        raise SpecError(
+            f"got {n} samples and temperature {temperature}; wanted at least 1 sample and a temperature of at least 0"
+        )
+    return planner if n == 1 else BestOf(planner, selection.critic.value, n, temperature)
+
+
+def make_critic(config: CriticConfig, spec: Spec, normalizer: Normalizer) -> Critic:
+    """Return a fresh ensemble of critics over the flat history and the executed actions.
+
+    Raises:
+        SpecError: if a name is unknown or a size below 1.
+    """
+    obs_dim = _flat_dim(spec, normalizer)
+    body = _ensemble(config, obs_dim + spec.n_action_steps * spec.action_dim, config.members)
+    if config.aggregate not in AGGREGATES:
+        raise SpecError(f"there is no aggregate {config.aggregate!r}; wanted one of {', '.join(AGGREGATES)}")
+    return Critic(body, obs_dim, spec.executed, AGGREGATES[config.aggregate](config.rho))
+
+
+def make_value(config: CriticConfig, spec: Spec, normalizer: Normalizer) -> Value:
+    """Return a fresh value network over the flat history, of the critics' shape.
+
+    Raises:
+        SpecError: if a name is unknown or a size below 1.
+    """
+    obs_dim = _flat_dim(spec, normalizer)
+    return Value(_ensemble(config, obs_dim, 1), obs_dim)
+
+
+def _ensemble(config: CriticConfig, in_dim: int, members: int) -> Ensemble:
+    if config.activation not in ACTIVATIONS or members < 1 or min(config.hidden, default=1) < 1:
+        raise SpecError(
+            f"got {members} critics of layers {config.hidden} with activation {config.activation!r}; wanted at least "
+            f"1 critic, layers of at least 1 and one of {', '.join(ACTIVATIONS)}"
+        )
+    return Ensemble(in_dim, config.hidden, members, ACTIVATIONS[config.activation], config.layer_norm)
+
+
+def make_rewards(config: RewardConfig, episodes: Episodes) -> Episodes:
+    """Return the episodes with their rewards as critics see them.
+
+    Raises:
+        DatasetError: if the kind needs rewards that differ and they do not.
+    """
+    scale, shift = REWARDS[config.kind](episodes)
+    return rewards.transformed(episodes, config.scale * scale, config.scale * shift + config.shift)
 
 
 def _unet1d(config: DenoiserConfig, spec: Spec, cond_dim: int) -> nn.Module:

@@ -12,7 +12,7 @@ normalizer). Loading executes nothing.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,28 @@ from diffpolicy.data.files import write_atomically
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.denoiser import NetworkDenoiser
+from diffpolicy.diffusion.prefix import Prefix
+from diffpolicy.diffusion.sampler import Sample
+from diffpolicy.diffusion.selection import BestOf
 from diffpolicy.errors import PolicyError
-from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, make_planner
+from diffpolicy.parts import (
+    CriticConfig,
+    DenoiserConfig,
+    SamplerConfig,
+    Selection,
+    SelectionConfig,
+    make_critic,
+    make_denoiser,
+    make_encoder,
+    make_planner,
+    make_selector,
+)
 
-FORMAT = 2  # 2: `obs_embed_dim`
+FORMAT = 3  # 2: `obs_embed_dim`; 3: `selection`
 BOX_NAME = "obs"
 
 Obs = Mapping[str, np.ndarray] | np.ndarray
+Plan = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,7 @@ class Policy(nn.Module):
         denoiser_config: what `denoiser` was made from.
         sampler_config: how to sample.
         seed: seed of the noise of `predict`.
+        selection: the critic that chooses among several samples; None for a policy that samples once.
     """
 
     def __init__(
@@ -74,6 +90,7 @@ class Policy(nn.Module):
         denoiser_config: DenoiserConfig,
         sampler_config: SamplerConfig,
         seed: int = 0,
+        selection: Selection | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -83,7 +100,10 @@ class Policy(nn.Module):
         self.denoiser_config = denoiser_config
         self.sampler_config = sampler_config
         self.seed = seed
-        self.planner = make_planner(denoiser, denoiser_config.clip, sampler_config)
+        self.selection = selection
+        self.critic = None if selection is None else selection.critic
+        self.planner = make_selector(make_planner(denoiser, denoiser_config.clip, sampler_config), selection)
+        self.compiled: Plan | None = None
         self.requires_grad_(False).eval()
 
     @property
@@ -93,21 +113,66 @@ class Policy(nn.Module):
 
     def with_sampler(self, config: SamplerConfig) -> "Policy":
         """Return the same policy, weights shared, under another sampler."""
-        return Policy(self.spec, self.normalizer, self.encoder, self.denoiser, self.denoiser_config, config, self.seed)
+        return self._with(config, self.selection)
+
+    def with_selection(self, config: SelectionConfig) -> "Policy":
+        """Return the same policy, weights shared, that chooses in another way; one sample means no choosing.
+
+        Raises:
+            PolicyError: if the policy has no critic to choose with.
+        """
+        if self.selection is None:
+            raise PolicyError("this policy has no critic to choose with; train one, for example with --agent idql")
+        return self._with(self.sampler_config, replace(self.selection, config=config))
+
+    def _with(self, sampler: SamplerConfig, selection: Selection | None) -> "Policy":
+        parts = (self.spec, self.normalizer, self.encoder, self.denoiser, self.denoiser_config)
+        return Policy(*parts, sampler, self.seed, selection)
+
+    def with_plan(self, plan: Plan) -> "Policy":
+        """Return the same policy, weights shared, that plans through `plan`: the same function, compiled."""
+        policy = self.with_sampler(self.sampler_config)
+        policy.compiled = plan
+        return policy
 
     @torch.inference_mode()
-    def plan(self, history: Mapping[str, torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
+    def plan(
+        self, history: Mapping[str, torch.Tensor], noise: torch.Tensor, prefix: Prefix | None = None
+    ) -> torch.Tensor:
         """Sample chunks of actions.
 
         Args:
             history: named observations, `{name: (B, To, ...)}`, physical units, on the policy's device.
-            noise: every draw of one sampling, `(draws, B, Tp, Da)`, standard normal.
+            noise: every draw of one sampling, `(draws, B, Tp, Da)`, standard normal; `self.draws(repeats)` of them.
+            prefix: actions that are decided already, in physical units, and how they are imposed.
 
         Returns:
             Chunks `(B, Tp, Da)` in physical units, on the policy's device.
+
+        Raises:
+            PolicyError: if a prefix comes to a compiled plan.
         """
+        if self.compiled is not None:
+            if prefix is not None:
+                raise PolicyError("a compiled plan takes no prefix; join chunks with the policy it was compiled from")
+            return self.compiled(history, noise)
         cond = self.encoder(self.normalizer.encode_obs(history))
-        return self.normalizer.decode_action(self.planner(cond, noise))
+        planner = self.planner if prefix is None else self._guided(prefix)
+        return self.normalizer.decode_action(planner(cond, noise))
+
+    def _guided(self, prefix: Prefix) -> Sample | BestOf:
+        """Return the planner that knows the prefix; clipped inside, for its Jacobian, and outside, for its result."""
+        n, clip = 1 if self.selection is None else self.selection.config.samples, self.denoiser_config.clip
+        known = self.normalizer["action"].encode(prefix.chunk).repeat(n, 1, 1)
+        weights = prefix.weights.expand(prefix.chunk.shape[:2]).repeat(n, 1)
+        free = make_planner(self.denoiser, clip, self.sampler_config).denoiser
+        planner = make_planner(prefix.guide(free, known, weights), clip, self.sampler_config, prefix.repeats)
+        return make_selector(planner, self.selection)
+
+    def draws(self, repeats: int = 1) -> int:
+        """Return how many noise tensors a plan needs, with each step of the sampler taken `repeats` times."""
+        planner = make_planner(self.denoiser, self.denoiser_config.clip, self.sampler_config, repeats)
+        return make_selector(planner, self.selection).draws
 
     def predict(
         self,
@@ -130,7 +195,7 @@ class Policy(nn.Module):
         Raises:
             PolicyError: if a name is missing, a shape differs from the policy's, or a number is not finite.
         """
-        named, batched = self._named(obs)
+        named, batched = name_observations(self.spec, obs)
         n = len(next(iter(named.values())))
         start = np.ones(n, dtype=bool) if state is None or episode_start is None else np.atleast_1d(episode_start)
         if state is not None and episode_start is None:
@@ -142,29 +207,6 @@ class Policy(nn.Module):
         action = state.chunk[np.arange(n), state.cursor]
         state = replace(state, cursor=state.cursor + 1)
         return (action if batched else action[0]), state
-
-    def _named(self, obs: Obs) -> tuple[dict[str, np.ndarray], bool]:
-        """Name, check and batch an observation; also return whether it came as a batch."""
-        given = dict(obs) if isinstance(obs, Mapping) else {BOX_NAME: obs}
-        arrays: dict[str, np.ndarray] = {}
-        batched = True
-        for name, shape in self.spec.obs_shapes.items():
-            if name not in given:
-                raise PolicyError(
-                    f"the observation has {sorted(given)}; the policy needs {sorted(self.spec.obs_shapes)}"
-                )
-            array = np.asarray(given[name], dtype=np.float32)
-            batched = array.ndim > len(shape)
-            if array.shape[batched:] != shape:
-                raise PolicyError(
-                    f"observation {name!r} has shape {array.shape}; the policy needs {shape} or (N, *{shape})"
-                )
-            if not np.isfinite(array).all():
-                raise PolicyError(
-                    f"observation {name!r} holds a number that is not finite; check the sensor or environment"
-                )
-            arrays[name] = array if batched else array[None]
-        return arrays, batched
 
     def _blank_state(self, n: int) -> PolicyState:
         spec = self.spec
@@ -236,7 +278,7 @@ class Policy(nn.Module):
         """Write `policy.json` and `policy.safetensors` into `folder`, each atomically; return the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{part}.{k}": v for part in PARTS for k, v in getattr(self, part).state_dict().items()}
+        tensors = {f"{part}.{k}": v for part in self._parts for k, v in getattr(self, part).state_dict().items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         description = {
             "format": FORMAT,
@@ -245,6 +287,7 @@ class Policy(nn.Module):
             "denoiser": asdict(self.denoiser_config),
             "sampler": asdict(self.sampler_config),
             "seed": self.seed,
+            "selection": None if self.selection is None else _described(self.selection),
         }
         write_atomically(folder / "policy.safetensors", lambda path: save_file(tensors, path))
         write_atomically(folder / "policy.json", lambda path: path.write_text(json.dumps(description, indent=1)))
@@ -266,7 +309,9 @@ class Policy(nn.Module):
             sampler_config = SamplerConfig(**description["sampler"])
             denoiser = make_denoiser(denoiser_config, spec, normalizer)
             encoder = make_encoder(denoiser_config, spec, normalizer)
-            policy = cls(spec, normalizer, encoder, denoiser, denoiser_config, sampler_config, description["seed"])
+            selection = _selection(description.get("selection"), spec, normalizer)
+            seed = description["seed"]
+            policy = cls(spec, normalizer, encoder, denoiser, denoiser_config, sampler_config, seed, selection)
         except (KeyError, TypeError, AttributeError) as error:
             raise PolicyError(
                 f"{folder / 'policy.json'} does not describe a policy ({error!r}); save it again"
@@ -274,10 +319,15 @@ class Policy(nn.Module):
         policy._read_weights(folder / "policy.safetensors")
         return policy.to(device)
 
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        """Names of what has weights."""
+        return ("normalizer", "encoder", "denoiser") + (() if self.critic is None else ("critic",))
+
     def _read_weights(self, path: Path) -> None:
         try:
             tensors = load_file(path)
-            for part in PARTS:
+            for part in self._parts:
                 prefix = f"{part}."
                 state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 getattr(self, part).load_state_dict(state)
@@ -295,7 +345,43 @@ class Policy(nn.Module):
             raise PolicyError(f"{path} does not fit policy.json beside it ({first}); save the policy again") from error
 
 
-PARTS = ("normalizer", "encoder", "denoiser")
+def name_observations(spec: Spec, obs: Obs) -> tuple[dict[str, np.ndarray], bool]:
+    """Name, check and batch an observation; also return whether it came as a batch.
+
+    Raises:
+        PolicyError: if a name is missing, a shape differs from the policy's, or a number is not finite.
+    """
+    given = dict(obs) if isinstance(obs, Mapping) else {BOX_NAME: obs}
+    arrays: dict[str, np.ndarray] = {}
+    batched = True
+    for name, shape in spec.obs_shapes.items():
+        if name not in given:
+            raise PolicyError(f"the observation has {sorted(given)}; the policy needs {sorted(spec.obs_shapes)}")
+        array = np.asarray(given[name], dtype=np.float32)
+        batched = array.ndim > len(shape)
+        if array.shape[batched:] != shape:
+            raise PolicyError(
+                f"observation {name!r} has shape {array.shape}; the policy needs {shape} or (N, *{shape})"
+            )
+        if not np.isfinite(array).all():
+            raise PolicyError(
+                f"observation {name!r} holds a number that is not finite; check the sensor or environment"
+            )
+        arrays[name] = array if batched else array[None]
+    return arrays, batched
+
+
+def _described(selection: Selection) -> dict[str, Any]:
+    return {"critic": asdict(selection.critic_config), **asdict(selection.config)}
+
+
+def _selection(values: Mapping[str, Any] | None, spec: Spec, normalizer: Normalizer) -> Selection | None:
+    """Inverse of `_described`, with fresh weights; None where nothing was saved."""
+    if values is None:
+        return None
+    critic_config = CriticConfig(**_tuples(values["critic"]))
+    config = SelectionConfig(values["samples"], values["temperature"])
+    return Selection(make_critic(critic_config, spec, normalizer), critic_config, config)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

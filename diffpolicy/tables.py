@@ -12,6 +12,11 @@ import gymnasium
 import torch
 
 from diffpolicy.agents.bc import Bc, BcConfig
+from diffpolicy.agents.dql import Dql, DqlConfig
+from diffpolicy.agents.edp import Edp, EdpConfig
+from diffpolicy.agents.fql import Fql, FqlConfig
+from diffpolicy.agents.idql import Idql, IdqlConfig
+from diffpolicy.agents.qc import Qc, QcConfig
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Kinds, Normalizer
 from diffpolicy.data.scores import Reference
@@ -19,7 +24,7 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.errors import SpecError
 from diffpolicy.parts import DenoiserConfig
 from diffpolicy.rollout import Actor, make_env, make_envs
-from diffpolicy.train import TrainConfig
+from diffpolicy.train import Agent, TrainConfig
 from diffpolicy_envs import ActionNoise, DetourExpert, FetchPickAndPlaceExpert, FetchReachExpert, PointMazeExpert
 
 TINY = DenoiserConfig(down_dims=(32, 64, 128), kernel_size=3, step_embed_dim=64)
@@ -33,7 +38,8 @@ class Preset:
     horizon: int = 16
     n_obs_steps: int = 2
     n_action_steps: int = 8
-    bc: BcConfig = field(default_factory=BcConfig)
+    agents: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of agents by name; an agent not named here has its own defaults."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -72,7 +78,7 @@ def _maze(env_id: str, denoiser: DenoiserConfig, steps: int, speed: float) -> Ta
         env_id=env_id,
         env_kwargs={"continuing_task": False},
         success="success",
-        preset=Preset(bc=bc, train=TrainConfig(steps=steps)),
+        preset=Preset(agents={"bc": bc}, train=TrainConfig(steps=steps)),
         expert=lambda env: PointMazeExpert.from_env(env, speed),
         noise=(0.5, 0.9),
     )
@@ -83,7 +89,7 @@ def _fetch(env_id: str, denoiser: DenoiserConfig, steps: int, expert: type[Actor
     return Task(
         env_id=env_id,
         success="is_success",
-        preset=Preset(bc=bc, train=TrainConfig(steps=steps)),
+        preset=Preset(agents={"bc": bc}, train=TrainConfig(steps=steps)),
         expert=lambda env: expert(),
         noise=(0.2, 0.8),
     )
@@ -91,7 +97,7 @@ def _fetch(env_id: str, denoiser: DenoiserConfig, steps: int, expert: type[Actor
 
 def _locomotion(name: str) -> Task:
     bc = BcConfig(denoiser=SMALL, learning_rate=4e-4)
-    preset = Preset(horizon=4, n_obs_steps=1, n_action_steps=1, bc=bc)
+    preset = Preset(horizon=4, n_obs_steps=1, n_action_steps=1, agents={"bc": bc})
     return Task(env_id=f"{name}-v4", score="d4rl", reference=f"{name.lower()}-medium-v2", preset=preset)
 
 
@@ -104,7 +110,7 @@ TASKS: dict[str, Task] = {
         success="is_success",
         score="max_reward",
         preset=Preset(
-            bc=BcConfig(denoiser=replace(SMALL, obs_embed_dim=128), learning_rate=4e-4),
+            agents={"bc": BcConfig(denoiser=replace(SMALL, obs_embed_dim=128), learning_rate=4e-4)},
             train=TrainConfig(steps=32_000),
         ),
     ),
@@ -113,7 +119,7 @@ TASKS: dict[str, Task] = {
     "detour": Task(
         env_id="diffpolicy_envs:Detour-v0",
         success="success",
-        preset=Preset(bc=BcConfig(denoiser=TINY, learning_rate=1e-3), train=TrainConfig(steps=2000)),
+        preset=Preset(agents={"bc": BcConfig(denoiser=TINY, learning_rate=1e-3)}, train=TrainConfig(steps=2000)),
         expert=lambda env: DetourExpert(),
     ),
     "fetch-reach": _fetch("FetchReach-v4", TINY, 3000, FetchReachExpert),
@@ -142,20 +148,47 @@ def prepare(task: Task | None, episodes: Episodes) -> Episodes:
     return episodes.rename(task.rename)
 
 
-def make_bc(
+@dataclass(frozen=True)
+class Algorithm:
+    """An agent and its settings: `agent(spec, normalizer, config, steps, device, seed)`."""
+
+    agent: Callable[..., Agent]
+    config: type
+
+
+AGENTS: dict[str, Algorithm] = {
+    "bc": Algorithm(Bc, BcConfig),
+    "idql": Algorithm(Idql, IdqlConfig),
+    "dql": Algorithm(Dql, DqlConfig),
+    "edp": Algorithm(Edp, EdpConfig),
+    "qc": Algorithm(Qc, QcConfig),
+    "fql": Algorithm(Fql, FqlConfig),
+}
+
+
+def get_algorithm(name: str) -> Algorithm:
+    """Return an algorithm by its name.
+
+    Raises:
+        SpecError: if there is none of that name.
+    """
+    if name not in AGENTS:
+        raise SpecError(f"there is no agent {name!r}; wanted one of {', '.join(AGENTS)}")
+    return AGENTS[name]
+
+
+def make_agent(
+    name: str,
+    config: Any,
     spec: Spec,
     episodes: Episodes,
     kinds: Mapping[str, Kinds],
-    config: BcConfig,
     train: TrainConfig,
     device: torch.device,
-) -> Bc:
-    """Return an imitation agent for these episodes."""
+) -> Agent:
+    """Return an agent for these episodes, with a normalizer fitted to them."""
     normalizer = Normalizer.fit(episodes, kinds, clipped_actions=config.denoiser.clip is not None)
-    return Bc(spec, normalizer, config, train.steps, device, train.seed)
-
-
-AGENTS: dict[str, Callable[..., Bc]] = {"bc": make_bc}
+    return get_algorithm(name).agent(spec, normalizer, config, train.steps, device, train.seed)
 
 
 def demonstrator(task: Task) -> Actor:

@@ -8,8 +8,8 @@
 
 Logged names: `loss` and `validation/loss` (squared error of the prediction, unit scale), `grad_norm` (before
 clipping), `learning_rate`, `samples_per_s`, `validation/action_error` (mean absolute error of sampled actions against
-the data's, unit scale) and `validation/action_error_by_index/k` for the k-th action of the chunk. Those of critics are
-explained in `critics.py`, and those of one agent alone at its top.
+the data's, unit scale) and `validation/action_error_by_index/k` for the k-th action of the chunk. Those of critics, and
+of actors that climb them, are explained in `critics.py`.
 """
 
 import hashlib
@@ -69,6 +69,11 @@ class Agent(Protocol):
     spec: Spec
     normalizer: Normalizer
     device: torch.device
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The networks that act, as they train."""
+        ...
 
     def update(self, batch: Batch) -> Mapping[str, torch.Tensor | float]:
         """One optimizer step on an encoded batch."""

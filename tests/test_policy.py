@@ -13,15 +13,30 @@ from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import PolicyError
-from diffpolicy.parts import SAMPLERS, DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
+from diffpolicy.parts import (
+    SAMPLERS,
+    CriticConfig,
+    DenoiserConfig,
+    SamplerConfig,
+    Selection,
+    SelectionConfig,
+    make_critic,
+    make_denoiser,
+    make_encoder,
+)
 from diffpolicy.policy import Policy
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 FORMATS = sorted((Path(__file__).parent / "fixtures").glob("policy_format_*"))
 
 
-def make_policy(device: str = "cpu", sampler: str = "ddim", steps: int = 4, seed: int = 0) -> Policy:
-    """An untrained policy of two named observations; its weights depend on the seed only."""
+def make_policy(
+    device: str = "cpu", sampler: str = "ddim", steps: int = 4, seed: int = 0, choice: SelectionConfig | None = None
+) -> Policy:
+    """An untrained policy of two named observations, with a critic if it has a choice; its weights are always the same.
+
+    `seed` is of its noise.
+    """
     rng = np.random.default_rng(0)
     episode = Episode(
         obs={"pose": rng.normal(size=(31, 3)).astype(np.float32), "goal": rng.normal(size=(31, 2)).astype(np.float32)},
@@ -38,10 +53,11 @@ def make_policy(device: str = "cpu", sampler: str = "ddim", steps: int = 4, seed
     )
     torch.manual_seed(0)
     denoiser = make_denoiser(config, spec, normalizer)
-    policy = Policy(
-        spec, normalizer, make_encoder(config, spec, normalizer), denoiser, config, SamplerConfig(sampler, steps), seed
-    )
-    return policy.to(device)
+    parts = (spec, normalizer, make_encoder(config, spec, normalizer), denoiser)
+    critic_config = CriticConfig((16,), members=3, layer_norm=True, aggregate="lower_bound")
+    critic = make_critic(critic_config, spec, normalizer)
+    selection = None if choice is None else Selection(critic, critic_config, choice)
+    return Policy(*parts, config, SamplerConfig(sampler, steps), seed, selection).to(device)
 
 
 def observe(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
@@ -161,6 +177,28 @@ def test_a_saved_policy_acts_the_same(tmp_path, device):
     assert loaded.spec == policy.spec
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_saved_policy_of_5_samples_chooses_the_same_one(tmp_path, temperature):
+    choice = SelectionConfig(5, temperature)
+    policy, obs = make_policy(choice=choice), observe(np.random.default_rng(8), 20)
+    loaded = Policy.load(policy.save(tmp_path / "p"))
+    action, _ = loaded.predict(obs)
+    np.testing.assert_array_equal(policy.predict(obs)[0], action)
+    assert loaded.planner.draws == 5 + (temperature > 0)
+    once, _ = make_policy().predict(obs)
+    np.testing.assert_array_equal(loaded.with_selection(SelectionConfig(1)).predict(obs)[0], once)
+    assert np.abs(action - once).max() > 0.1
+    assert loaded.with_sampler(SamplerConfig("heun", 3)).planner.draws == loaded.planner.draws
+
+
+def test_a_policy_without_a_critic_cannot_choose_and_an_impossible_choice_is_refused():
+    with pytest.raises(PolicyError, match="no critic to choose with"):
+        make_policy().with_selection(SelectionConfig(5))
+    for impossible in (SelectionConfig(0), SelectionConfig(2, -1.0), SelectionConfig(2, float("nan"))):
+        with pytest.raises(ValueError, match="at least 1 sample"):
+            make_policy(choice=impossible)
+
+
 @pytest.mark.parametrize("folder", FORMATS, ids=lambda f: f.name)
 def test_policies_of_every_former_format_still_act_as_they_did(folder):
     wanted = json.loads((folder / "actions.json").read_text())
@@ -195,6 +233,12 @@ DAMAGE = {
     "no normalizer": edit(normalizer=None),
     "newer": edit(format=999),
     "unknown sampler": edit(sampler={"sampler": "magic", "steps": 3, "eta": 0.0}),
+    "critic without weights": edit(
+        selection={"critic": {"hidden": [4]}, "samples": 2, "temperature": 0.0},
+    ),
+    "critic of unknown make": edit(
+        selection={"critic": {"activation": "magic"}, "samples": 2, "temperature": 0.0},
+    ),
     "other sizes": edit(normalizer={"pose": ["none"] * 3, "goal": ["none"] * 2, "action": ["limits"] * 2}),
 }
 
@@ -211,6 +255,8 @@ DAMAGE = {
         ("no normalizer", "does not describe a policy"),
         ("newer", "update diffpolicy"),
         ("unknown sampler", "wanted one of"),
+        ("critic without weights", "does not fit"),
+        ("critic of unknown make", "'magic'; wanted at least"),
         ("other sizes", "does not fit"),
     ],
 )

@@ -5,22 +5,21 @@
 with `target = eps`, the noise, by default.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.data.windows import Batch
-from diffpolicy.diffusion.denoiser import NetworkDenoiser
+from diffpolicy.data.windows import Batch, Windows
+from diffpolicy.imitation import Imitator, warmup_cosine
 from diffpolicy.nets.ema import Ema
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
 from diffpolicy.policy import Policy
-
-T_MIN = 0.005
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,6 @@ class BcConfig:
     """Autocast to bfloat16 on CUDA; float32 elsewhere."""
     compile: bool = False
     """Compile the network with torch.compile."""
-
-
-class Imitator(nn.Module):
-    """What is trained: the encoder of the observations and the denoiser of the actions."""
-
-    def __init__(self, encoder: nn.Module, denoiser: NetworkDenoiser) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.denoiser = denoiser
-
-    def forward(self, batch: Batch, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """Elementwise loss `(B, Tp, Da)` of an encoded batch."""
-        return self.denoiser.loss(batch.action, t, eps, self.encoder(batch.obs))
 
 
 class Bc:
@@ -104,21 +90,17 @@ class Bc:
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine to zero at `steps`."""
-        warmup = min(self.config.warmup_steps, max(self.steps // 10, 1))
-        if step < warmup:
-            return self.config.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(self.steps - warmup, 1)
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return warmup_cosine(step, self.steps, self.config.learning_rate, self.config.warmup_steps)
 
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """Return the noise-prediction loss (or its kin) of one encoded batch, averaged over the real actions."""
-        x = batch.action
-        t = _stratified_times(len(x), generator, x.device)
-        eps = torch.randn(x.shape, generator=generator, device=x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bf16 and x.device.type == "cuda"):
-            error = model(batch, t, eps)
-        valid = batch.valid.unsqueeze(-1)
-        return (error.float() * valid).sum() / (valid.sum() * x.shape[-1])
+        return model.loss(batch, generator, self.config.bf16)
+
+    def windows(
+        self, episodes: Episodes, device: str | torch.device = "cpu", only: np.ndarray | None = None
+    ) -> Windows:
+        """Return what this agent learns from: every step of the episodes chosen."""
+        return Windows(episodes, self.spec, device=device, only=only)
 
     def update(self, batch: Batch) -> dict[str, torch.Tensor | float]:
         """Take one optimizer step on an encoded batch; `loss`, `grad_norm` and `learning_rate`, still on the device."""
@@ -139,6 +121,10 @@ class Bc:
         """Return the averaged weights' loss on an encoded batch, with times and noise from `seed`."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return float(self.loss(self.ema.module, batch, generator))
+
+    def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float]:
+        """Return nothing: there are no critics to describe."""
+        return {}
 
     def policy(self) -> Policy:
         """Return the policy of the averaged weights as they stand; it shares them with the agent."""
@@ -164,13 +150,6 @@ class Bc:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         self.step = state["step"]
-
-
-def _stratified_times(n: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """Uniform times in `(T_MIN, 1]`, one in each of n equal intervals, shuffled: less variance than free ones."""
-    order = torch.randperm(n, generator=generator, device=device)
-    u = (order + torch.rand(n, generator=generator, device=device)) / n
-    return 1 - (1 - T_MIN) * u
 
 
 # Differences from the original (Chi et al. 2023, train_diffusion_unet_lowdim):

@@ -5,23 +5,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from diffpolicy import train as training
-from diffpolicy.agents.bc import BcConfig
 from diffpolicy.cli.shared import Flat, progress_bar, read_config
 from diffpolicy.data.sources import load
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import PolicyError
-from diffpolicy.tables import AGENTS, Preset, get_task, prepare
+from diffpolicy.tables import Preset, get_algorithm, get_task, make_agent, prepare
 from diffpolicy.train import TrainConfig
 
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """Train a policy on an offline dataset."""
+    """Train a policy on an offline dataset. Which settings there are depends on --agent."""
 
     dataset: str
     """Any format that load() reads, or several joined by +."""
@@ -35,8 +34,8 @@ class TrainArgs:
     """The task whose rewards are wanted, of OGBench's datasets."""
     task: str | None = None
     """Name of a task, for its presets, observation names and normalisation."""
-    agent: Literal["bc"] = "bc"
-    """Algorithm."""
+    agent: str = "bc"
+    """Algorithm: bc (imitation), idql, dql, edp, qc or fql (offline reinforcement learning)."""
     resume: bool = False
     """Continue the run in the folder, with its arguments."""
     horizon: int = 16
@@ -45,7 +44,7 @@ class TrainArgs:
     """Observations of the history, To."""
     n_action_steps: int = 8
     """Executed actions of a chunk, Ta."""
-    bc: Annotated[BcConfig, Flat] = field(default_factory=BcConfig)
+    settings: Annotated[object, Flat] = None  # of the agent: the default given to tyro says which
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
 
@@ -54,16 +53,19 @@ def train(argv: Sequence[str]) -> None:
     args: TrainArgs = tyro.cli(TrainArgs, args=argv, default=_train_defaults(argv), prog="diffpolicy train")
     if (args.out / "config.json").exists() and not args.resume:
         raise PolicyError(f"{args.out} holds a run already; add --resume to continue it, or give another --out")
+    if not isinstance(args.settings, get_algorithm(args.agent).config):
+        raise PolicyError(f"{args.out} is a run of another agent than {args.agent!r}; leave out --agent to resume it")
     task = get_task(args.task)
     episodes = prepare(task, load(args.dataset, args.obs, args.part, args.relabel))
     spec = Spec.from_episodes(episodes, args.horizon, args.n_obs_steps, args.n_action_steps)
     device = training.resolve_device(args.train.device)
-    agent = AGENTS[args.agent](spec, episodes, task.kinds if task else {}, args.bc, args.train, device)
+    kinds = task.kinds if task else {}
+    agent = make_agent(args.agent, args.settings, spec, episodes, kinds, args.train, device)
     data = training.fingerprint(episodes)
     if args.resume:
         training.check_same_dataset(read_config(args.out)["dataset_fingerprint"], data)
     description = {
-        "arguments": json.loads(json.dumps(asdict(args), default=str)),
+        "arguments": _to_json(args),
         "dataset_fingerprint": data,
         "dataset": {"episodes": len(episodes), "steps": episodes.steps, **episodes.meta},
         "parameters": sum(p.numel() for p in agent.model.parameters()),
@@ -83,8 +85,10 @@ def _train_defaults(argv: Sequence[str]) -> Any:
         return _resumed(Path(out))
     task = get_task(_value_of(argv, "--task"))
     preset = Preset() if task is None else task.preset
-    shared = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Preset)}
-    return TrainArgs(dataset=tyro.MISSING, out=tyro.MISSING, **shared)
+    agent = _value_of(argv, "--agent") or "bc"
+    settings = preset.agents.get(agent) or get_algorithm(agent).config()
+    shared = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Preset) if f.name != "agents"}
+    return TrainArgs(dataset=tyro.MISSING, out=tyro.MISSING, agent=agent, settings=settings, **shared)
 
 
 def _value_of(argv: Sequence[str], flag: str) -> str | None:
@@ -104,11 +108,20 @@ def _resumed(run: Path) -> Any:
         PolicyError: if its `config.json` does not hold them.
     """
     try:
-        return _from_json(TrainArgs, read_config(run)["arguments"])
+        values = dict(read_config(run)["arguments"])
+        settings = _from_json(get_algorithm(values["agent"]).config, values.pop(values["agent"]))
+        return dataclasses.replace(_from_json(TrainArgs, {**values, "settings": None}), settings=settings)
     except (KeyError, TypeError) as error:
         raise PolicyError(
             f"{run / 'config.json'} holds no arguments of diffpolicy train ({error!r}); start a new run"
         ) from error
+
+
+def _to_json(args: TrainArgs) -> dict[str, Any]:
+    """Plain values, the agent's settings under its name."""
+    values = asdict(args)
+    values[args.agent] = values.pop("settings")
+    return json.loads(json.dumps(values, default=str))
 
 
 def _from_json(kind: Any, values: dict[str, Any]) -> Any:

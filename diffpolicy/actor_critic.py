@@ -1,0 +1,181 @@
+"""An agent with a denoiser that acts and critics that choose: what such agents have in common, all but their losses.
+
+    batch --> losses (an agent's own) --> actor:   model, average, optimizer --> policy: sample n chunks, keep the one
+                                          critics: members, slow copies      -->         that the slow copies like best
+
+A subclass says what one step of learning is; it may add parts (a value of states, a teacher), which are then saved.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from diffpolicy.critics import CHECK_EVERY, Critics, TdConfig
+from diffpolicy.data.episodes import Episodes
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.spec import Spec
+from diffpolicy.data.windows import Batch, Windows
+from diffpolicy.errors import SpecError
+from diffpolicy.imitation import Actor, ActorConfig
+from diffpolicy.parts import (
+    CriticConfig,
+    DenoiserConfig,
+    SamplerConfig,
+    Selection,
+    SelectionConfig,
+    make_critic,
+    make_rewards,
+)
+from diffpolicy.policy import Policy
+
+
+@dataclass(frozen=True)
+class ActorCriticConfig:
+    """What every such agent is made of; each has its own paper's defaults."""
+
+    denoiser: DenoiserConfig = field(default_factory=lambda: DenoiserConfig("mlp", step_embed_dim=64))
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    td: TdConfig = field(default_factory=TdConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+
+
+def check_count(name: str, count: int) -> None:
+    """Refuse a number of samples below 1.
+
+    Raises:
+        SpecError: if it is.
+    """
+    if count < 1:
+        raise SpecError(f"{name} is {count}; give a whole number of at least 1")
+
+
+class Learned(Protocol):
+    """A part of an agent that has something to save."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that continuing needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        ...
+
+
+C = TypeVar("C", bound=ActorCriticConfig)
+
+
+class ActorCritic(ABC, Generic[C]):
+    """Trains an actor and critics on encoded batches; `policy()` is the averaged actor and the target critics.
+
+    Args:
+        spec: sizes.
+        normalizer: fitted.
+        config: settings.
+        steps: length of the run, for the learning rate.
+        device: where to train.
+        seed: of weights, times and noise.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        normalizer: Normalizer,
+        config: C,
+        steps: int,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.spec, self.config, self.steps, self.seed = spec, config, steps, seed
+        self.device = torch.device(device)
+        self.normalizer = normalizer.to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.step = 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.actor = self.make_actor(config.denoiser, config.sampler)
+            critic = make_critic(config.critic, spec, normalizer).to(self.device)
+            self.critics = Critics(critic, spec, config.td)
+            self.learned: dict[str, Learned] = {"actor": self.actor, "critics": self.critics, **self.more()}
+        self.policy()  # an impossible selection is refused now, not after the first thousand steps
+
+    def make_actor(self, denoiser: DenoiserConfig, sampler: SamplerConfig) -> Actor:
+        """Return a fresh actor of this agent's settings."""
+        return Actor(denoiser, sampler, self.config.actor, self.spec, self.normalizer, self.steps, self.device)
+
+    def more(self) -> Mapping[str, Learned]:
+        """Return what else this agent learns, by name; made after actor and critics."""
+        return {}
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor | float]:
+        """Take one step of everything on an encoded batch; `loss` is the actor's."""
+
+    def update(self, batch: Batch) -> dict[str, torch.Tensor | float]:
+        """Take one step on an encoded batch.
+
+        Raises:
+            TrainingError: if the critics diverge; looked at every `CHECK_EVERY` steps.
+        """
+        metrics = self.losses(batch)
+        self.step += 1
+        if self.step % CHECK_EVERY == 0:
+            self.critics.check(self.step)
+        return metrics
+
+    def windows(
+        self, episodes: Episodes, device: str | torch.device = "cpu", only: np.ndarray | None = None
+    ) -> Windows:
+        """Return what this agent learns from: its rewards and discount, where the next observation was recorded."""
+        rewards, gamma = self.config.td.rewards, self.config.td.gamma
+        return Windows(make_rewards(rewards, episodes), self.spec, gamma, device, require_next=True, only=only)
+
+    @property
+    def imitator(self) -> Actor:
+        """Return who learns from the data's chunks by imitation."""
+        return self.actor
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The network that acts, as it trains."""
+        return self.actor.model
+
+    def policy(self) -> Policy:
+        """Return the policy as it stands: averaged actor and target critics, shared with the agent."""
+        actor, config = self.actor, self.config
+        averaged = actor.ema.module
+        selection = Selection(self.critics.target, config.critic, config.selection)
+        parts = (self.spec, self.normalizer, averaged.encoder, averaged.denoiser)
+        return Policy(*parts, actor.denoiser_config, actor.sampler_config, self.seed, selection)
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Batch, seed: int = 0) -> float:
+        """Return the averaged weights' imitation loss on an encoded batch, with times and noise from `seed`."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return float(self.imitator.ema.module.loss(batch, generator))
+
+    @torch.no_grad()
+    def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float]:
+        """Describe the critics on an encoded batch (`critics.py` has the names), with noise from `seed`."""
+        policy = self.policy()
+        generator = torch.Generator(self.device).manual_seed(seed)
+        shape = (policy.planner.draws, len(batch.action), self.spec.horizon, self.spec.action_dim)
+        noise = torch.randn(shape, generator=generator, device=self.device)
+        return self.critics.statistics(batch, policy.planner(policy.encoder(batch.obs), noise))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that continuing needs."""
+        learned = {name: part.state_dict() for name, part in self.learned.items()}
+        return {**learned, "generator": self.generator.get_state(), "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        for name, part in self.learned.items():
+            part.load_state_dict(state[name])
+        self.generator.set_state(state["generator"].cpu())
+        self.step = state["step"]

@@ -1,0 +1,239 @@
+r"""What critics of every agent share: temporal differences over the executed chunk, target networks, expectile values.
+
+    y    = reward + discount V(s')      all three from `Windows`: over the executed steps, discount 0 at true ends
+    L_Q  = E sum_members (Q(s, a) - y)^2
+    L_V  = E |tau - 1(u < 0)| u^2,   u = Q_target(s, a) - V(s)                       (Kostrikov et al. 2022, eq. 5)
+    Q_target <- (1 - polyak) Q_target + polyak Q
+
+A chunk that the recording cuts short (a time limit, not a true end) was not executed as a whole: its return belongs to
+fewer actions, so critics leave it out. A true end within the chunk counts: what comes after it has no effect.
+
+Logged names, in the units of transformed rewards: `q` (mean over batch and members), `q_spread` (standard deviation
+between the members), `td_loss`, `q_target` (mean of y), `value_loss` (L_V), `q_loss` (what an actor descends to climb
+the critics), `distillation` (squared distance of a student to its teacher); and on held-out windows, by the target
+networks, `validation/q_data` and `validation/q_policy` (of the data's actions and of the policy's own),
+`validation/q_spread` (of the policy's own), `validation/advantage/05`, `/50`, `/95` (quantiles of the value of the
+data's actions minus that of the policy's own).
+"""
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpolicy.data.spec import Spec
+from diffpolicy.data.windows import Batch, Obs
+from diffpolicy.errors import SpecError, TrainingError
+from diffpolicy.nets.critic import Critic, Value
+from diffpolicy.nets.encoder import FlattenEncoder
+from diffpolicy.parts import RewardConfig
+
+CHECK_EVERY = 100
+MARGIN = 10.0
+
+Metrics = dict[str, torch.Tensor | float]
+
+
+@dataclass(frozen=True)
+class TdConfig:
+    """How critics learn from temporal differences."""
+
+    gamma: float = 0.99
+    """Discount a step."""
+    polyak: float = 0.005
+    """Share of the critics that their target networks take over at each step."""
+    learning_rate: float = 3e-4
+    """Of Adam."""
+    grad_clip: float | None = None
+    """Largest norm of the gradient; None for no limit."""
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+
+
+class FrozenWeights:
+    """`with FrozenWeights(module)`: gradients pass through the module, none is worked out for its weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.module.requires_grad_(False)
+
+    def __exit__(self, *error: object) -> None:
+        self.module.requires_grad_(True)
+
+
+@torch.no_grad()
+def polyak_update(target: nn.Module, source: nn.Module, share: float) -> None:
+    """Move the target's weights towards the source's by `share` of the way."""
+    targets: list[torch.Tensor] = [*target.parameters()]
+    weights: list[torch.Tensor] = [*source.parameters()]
+    torch._foreach_lerp_(targets, weights, share)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def expectile_loss(u: torch.Tensor, tau: float) -> torch.Tensor:
+    """`|tau - 1(u < 0)| u^2`, elementwise: its minimum over V of `u = q - V` is the expectile of q."""
+    return torch.where(u < 0, 1 - tau, tau) * u * u
+
+
+def climbing_loss(q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`- E Q_i / sg(E |Q_j|)` of the members' values `(E, B)` of an actor's own chunks, i and j neighbours by chance.
+
+    One member climbs and another sets the scale (Wang et al. 2023), so it is the same for rewards of any scale.
+    """
+    i = torch.randint(len(q), (1,), generator=generator, device=q.device)
+    climbed, scale = q.index_select(0, i), q.index_select(0, (i + 1) % len(q))
+    return -climbed.mean() / scale.detach().abs().mean().clamp(min=1e-8)
+
+
+def whole_chunks(batch: Batch, spec: Spec, gamma: float) -> torch.Tensor:
+    """Return 1 where the chunk was executed as a whole or the task ended within it, else 0, `(B,)`."""
+    all_recorded = batch.valid[:, spec.executed].all(-1) & (batch.discount <= gamma**spec.n_action_steps * 1.00001)
+    return (all_recorded | (batch.discount == 0)).float()
+
+
+class Critics:
+    """An ensemble in training: its slow copy and its optimizer.
+
+    Args:
+        critic: on its device.
+        spec: sizes.
+        config: settings.
+
+    Raises:
+        SpecError: if the discount or the share of the target networks is impossible.
+    """
+
+    def __init__(self, critic: Critic, spec: Spec, config: TdConfig) -> None:
+        if not (0 <= config.gamma <= 1 and 0 < config.polyak <= 1):
+            raise SpecError(
+                f"got gamma {config.gamma} and polyak {config.polyak}; wanted both in [0, 1], polyak above 0"
+            )
+        self.critic, self.spec, self.config = critic, spec, config
+        self.target = deepcopy(critic).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(critic.parameters(), config.learning_rate, fused=True)
+        self.flatten = FlattenEncoder(tuple(spec.obs_shapes))
+        device = next(critic.parameters()).device
+        self.largest_reward = torch.zeros((), device=device)
+        self.magnitude = torch.zeros((), device=device)
+
+    def cond(self, obs: Obs) -> torch.Tensor:
+        """Return the flat history of encoded observations, `(B, obs_dim)`."""
+        return self.flatten(obs)
+
+    def targets(self, batch: Batch, value: torch.Tensor) -> torch.Tensor:
+        """`y = reward + discount value`, `(B,)`, with `value` `(B,)` of the next observations."""
+        return batch.reward + batch.discount * value
+
+    def loss(self, q: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Squared error summed over the members of `q` `(E, B)`, averaged over the chunks that count."""
+        return ((q - y).square().sum(0) * weight).sum() / weight.sum().clamp(min=1)
+
+    def update(self, batch: Batch, value: torch.Tensor) -> Metrics:
+        """Take one step towards `targets(batch, value)`; `td_loss`, `q`, `q_spread`, `q_target`."""
+        y, weight = self.targets(batch, value), whole_chunks(batch, self.spec, self.config.gamma)
+        q = self.critic(self.cond(batch.obs), batch.action)
+        loss = self.loss(q, y, weight)
+        self._descend(loss)
+        with torch.no_grad():
+            self.largest_reward = torch.maximum(self.largest_reward, batch.reward.abs().max())
+            self.magnitude = y.abs().mean()
+            return {
+                "td_loss": loss.detach(),
+                "q": q.mean(),
+                "q_spread": q.std(0, correction=0).mean(),
+                "q_target": y.mean(),
+            }
+
+    def _descend(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        polyak_update(self.target, self.critic, self.config.polyak)
+
+    def check(self, step: int) -> None:
+        """Stop where values have left what any return of the rewards seen could be.
+
+        Raises:
+            TrainingError: if the mean magnitude of the targets is more than `MARGIN` times the largest possible
+                return, or not a number.
+        """
+        share = 1 - self.config.gamma**self.spec.n_action_steps
+        bound = max(float(self.largest_reward), 1.0) / share if share > 0 else math.inf
+        magnitude = float(self.magnitude)
+        if not magnitude <= MARGIN * bound:
+            raise TrainingError(
+                f"the critics diverged at step {step}: their targets average {magnitude:.3g} in magnitude and no "
+                f"return of these rewards exceeds {bound:.3g}; lower --td.learning-rate or --td.gamma, or add "
+                "--critic.layer-norm or members to the critics; the last checkpoint is unharmed"
+            )
+
+    @torch.no_grad()
+    def statistics(self, batch: Batch, chunk: torch.Tensor) -> dict[str, float]:
+        """Describe the values of an encoded batch's chunks and of the policy's own `(B, Tp, Da)`."""
+        cond = self.cond(batch.obs)
+        own, data = self.target(cond, chunk), self.target.value(cond, batch.action)
+        advantage = data - self.target.aggregate(own)
+        quantiles = torch.quantile(advantage, advantage.new_tensor([0.05, 0.5, 0.95])).tolist()
+        return {
+            "q_data": float(data.mean()),
+            "q_policy": float(self.target.aggregate(own).mean()),
+            "q_spread": float(own.std(0, correction=0).mean()),
+            **{f"advantage/{name}": value for name, value in zip(("05", "50", "95"), quantiles, strict=True)},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that continuing needs."""
+        return {
+            "critic": self.critic.state_dict(),
+            "target": self.target.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "largest_reward": self.largest_reward,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.critic.load_state_dict(state["critic"])
+        self.target.load_state_dict(state["target"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.largest_reward = state["largest_reward"]
+
+
+class ExpectileValue:
+    """A value of states alone, the expectile of the data's Q, in training: no action but the data's is ever asked for.
+
+    Args:
+        value: on its device.
+        tau: 0.5 is the mean, 1 the largest.
+        learning_rate: of Adam.
+    """
+
+    def __init__(self, value: Value, tau: float, learning_rate: float) -> None:
+        self.value, self.tau = value, tau
+        self.optimizer = torch.optim.Adam(value.parameters(), learning_rate, fused=True)
+
+    def update(self, cond: torch.Tensor, q: torch.Tensor, weight: torch.Tensor) -> Metrics:
+        """Take one step towards the expectile of `q` `(B,)`; `value_loss`."""
+        loss = (expectile_loss(q - self.value(cond), self.tau) * weight).sum() / weight.sum().clamp(min=1)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return {"value_loss": loss.detach()}
+
+    @torch.no_grad()
+    def __call__(self, cond: torch.Tensor) -> torch.Tensor:
+        """Value `(B,)`."""
+        return self.value(cond)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that continuing needs."""
+        return {"value": self.value.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.value.load_state_dict(state["value"])
+        self.optimizer.load_state_dict(state["optimizer"])

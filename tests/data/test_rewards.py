@@ -1,0 +1,43 @@
+"""Reward transforms by hand."""
+
+import numpy as np
+import pytest
+
+from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.errors import DatasetError
+from diffpolicy.parts import RewardConfig, make_rewards
+
+
+def episodes(*rewards: list[float]) -> Episodes:
+    return from_list(
+        [
+            Episode({"obs": np.zeros((len(r) + 1, 1), np.float32)}, np.zeros((len(r), 1)), np.array(r), True, False)
+            for r in rewards
+        ]
+    )
+
+
+CASES = {
+    "plain": (RewardConfig(), [1.0, 3.0, -2.0]),
+    "antmaze": (RewardConfig(scale=4.0, shift=-2.0), [2.0, 10.0, -10.0]),
+    "returns 4 and -2 are 1000 apart": (RewardConfig("return_range"), [1000 / 6, 500.0, -1000 / 3]),
+    "standard": (RewardConfig("standard"), [x / np.std([1, 3, -2]) for x in (1 - 2 / 3, 3 - 2 / 3, -2 - 2 / 3)]),
+    "standard, doubled, plus 1": (
+        RewardConfig("standard", 2.0, 1.0),
+        [2 * x / np.std([1, 3, -2]) + 1 for x in (1 - 2 / 3, 3 - 2 / 3, -2 - 2 / 3)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rewards_1_3_and_minus_2_of_two_episodes(case):
+    config, expected = CASES[case]
+    given = episodes([1.0, 3.0], [-2.0])
+    np.testing.assert_allclose(make_rewards(config, given).reward, expected, rtol=1e-6)
+    np.testing.assert_allclose(given.reward, [1.0, 3.0, -2.0])
+
+
+@pytest.mark.parametrize(("kind", "words"), [("return_range", "the return 2"), ("standard", "every reward is 1")])
+def test_rewards_that_do_not_differ_are_refused(kind, words):
+    with pytest.raises(DatasetError, match=words):
+        make_rewards(RewardConfig(kind), episodes([1.0, 1.0], [1.0, 1.0]))

@@ -1,0 +1,140 @@
+"""What critics learn from: targets and masks by hand, expectiles, the scale of values, and honest failure."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffpolicy.critics import Critics, TdConfig, climbing_loss, expectile_loss, polyak_update, whole_chunks
+from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.spec import Spec
+from diffpolicy.data.windows import Windows
+from diffpolicy.errors import TrainingError
+from diffpolicy.parts import CriticConfig, make_critic
+
+GAMMA = 0.9
+
+
+def two_episodes(has_final: bool = True, mask: list[bool] | None = None) -> Episodes:
+    """Rewards 1 2 3 4 and a true end; 5 6 7 8 and a time limit."""
+
+    def episode(rewards: list[float], terminated: bool, has_final: bool) -> Episode:
+        obs = {"obs": np.array([*rewards, 0.0], np.float32)[:, None]}
+        action = np.array(rewards, np.float32)[:, None]
+        info = {} if mask is None else {"mask": np.array(mask)}
+        return Episode(obs, action, np.array(rewards, np.float32), terminated, not terminated, info, has_final)
+
+    return from_list([episode([1.0, 2.0, 3.0, 4.0], True, True), episode([5.0, 6.0, 7.0, 8.0], False, has_final)])
+
+
+def batch_of(episodes: Episodes, chunk: int):
+    spec = Spec.from_episodes(episodes, horizon=chunk, n_obs_steps=1, n_action_steps=chunk)
+    windows = Windows(episodes, spec, GAMMA, require_next=True)
+    return spec, windows.gather(torch.arange(len(windows)))
+
+
+def critics_for(episodes: Episodes, spec: Spec, **settings: float) -> Critics:
+    torch.manual_seed(0)
+    normalizer = Normalizer.fit(episodes, {"obs": "none"})
+    return Critics(make_critic(CriticConfig((16,)), spec, normalizer), spec, TdConfig(gamma=GAMMA, **settings))
+
+
+def test_targets_of_chunks_of_2_with_next_value_10_by_hand_at_a_true_end_and_a_time_limit():
+    episodes = two_episodes()
+    spec, batch = batch_of(episodes, chunk=2)
+    y = critics_for(episodes, spec).targets(batch, torch.full((8,), 10.0))
+    ended = [1 + 0.9 * 2 + 8.1, 2 + 0.9 * 3 + 8.1, 3 + 0.9 * 4, 4.0]
+    cut = [5 + 0.9 * 6 + 8.1, 6 + 0.9 * 7 + 8.1, 7 + 0.9 * 8 + 8.1, 8 + 9.0]
+    assert y.tolist() == pytest.approx(ended + cut)
+    # The last chunk of the cut episode is half a chunk; that of the ended one is complete in effect.
+    assert whole_chunks(batch, spec, GAMMA).tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
+
+
+def test_without_the_last_observation_the_last_chunk_that_counts_ends_one_step_earlier():
+    spec, batch = batch_of(two_episodes(has_final=False), chunk=2)
+    assert batch.reward.tolist() == pytest.approx([2.8, 4.7, 6.6, 4.0, 10.4, 12.3, 7.0])
+    assert whole_chunks(batch, spec, GAMMA).tolist() == [1, 1, 1, 1, 1, 1, 0]
+
+
+def test_a_masked_step_ends_the_return_of_a_chunk_of_3_and_the_chunk_counts():
+    spec, batch = batch_of(two_episodes(mask=[True, False, True, True]), chunk=3)
+    assert batch.reward[:2].tolist() == pytest.approx([1 + 0.9 * 2, 2.0])
+    assert batch.discount[:2].tolist() == [0, 0]
+    assert whole_chunks(batch, spec, GAMMA).tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_chunks_of_1_all_count():
+    spec, batch = batch_of(two_episodes(), chunk=1)
+    assert whole_chunks(batch, spec, GAMMA).tolist() == [1] * 8
+    assert batch.discount.tolist() == pytest.approx([0.9, 0.9, 0.9, 0, 0.9, 0.9, 0.9, 0.9])
+
+
+def test_chunks_that_do_not_count_have_no_effect_on_the_loss():
+    episodes = two_episodes()
+    spec, batch = batch_of(episodes, chunk=2)
+    critics = critics_for(episodes, spec)
+    q = critics.critic(critics.cond(batch.obs), batch.action)
+    y, weight = critics.targets(batch, torch.zeros(8)), whole_chunks(batch, spec, GAMMA)
+    expected = (q[:, :7] - y[:7]).square().sum(0).mean()
+    assert critics.loss(q, y, weight).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.7, 0.9])
+def test_the_expectile_of_0_and_1_is_tau(tau):
+    v = torch.zeros(1, requires_grad=True)
+    for _ in range(300):
+        (slope,) = torch.autograd.grad(expectile_loss(torch.tensor([0.0, 1.0]) - v, tau).sum(), v)
+        v.data -= 0.1 * slope
+    assert v.item() == pytest.approx(tau, abs=1e-4)
+
+
+def test_a_polyak_share_of_0_25_moves_1_towards_5_to_2():
+    target, source = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for module, value in ((target, 1.0), (source, 5.0)):
+        for parameter in module.parameters():
+            torch.nn.init.constant_(parameter, value)
+    polyak_update(target, source, 0.25)
+    assert [p.item() for p in target.parameters()] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("members", [1, 2, 5])
+def test_the_actors_loss_is_the_same_for_values_10_times_larger(members):
+    x = torch.randn(64, requires_grad=True)
+    slopes = []
+    for scale in (1.0, 10.0):
+        q = scale * torch.stack([(k + 1) * torch.sin(x) + k for k in range(members)])
+        loss = climbing_loss(q, torch.Generator().manual_seed(3))
+        slopes.append(torch.cat([loss[None], torch.autograd.grad(loss, x)[0]]))
+    assert slopes[0][1:].abs().max() > 1e-3
+    assert (slopes[0] - slopes[1]).abs().max() < 1e-6
+
+
+def test_one_member_climbs_and_its_neighbour_sets_the_scale():
+    q = torch.tensor([[2.0, 4.0], [-10.0, 20.0]])
+    seen = {round(climbing_loss(q, torch.Generator().manual_seed(s)).item(), 4) for s in range(20)}
+    assert seen == {round(-3 / 15, 4), round(-5 / 3, 4)}
+
+
+def test_a_critic_that_diverges_is_one_sentence_that_says_what_to_do():
+    episodes = two_episodes()
+    spec, batch = batch_of(episodes, chunk=2)
+    critics = critics_for(episodes, spec)
+    critics.update(batch, torch.full((8,), 12.3 / (1 - 0.81)))  # as much as these rewards could return
+    critics.check(100)
+    for value in (1e5, float("nan")):
+        critics.update(batch, torch.full((8,), value))
+        with pytest.raises(TrainingError, match=r"diverged at step 200: .* lower --td.learning-rate"):
+            critics.check(200)
+
+
+def test_statistics_of_known_values_are_their_means_and_quantiles():
+    episodes = two_episodes()
+    spec, batch = batch_of(episodes, chunk=2)
+    critics = critics_for(episodes, spec)
+    for parameter in critics.target.parameters():
+        torch.nn.init.zeros_(parameter)
+    critics.target.body[-1].bias.data.copy_(torch.tensor([3.0, 5.0])[:, None, None])
+    found = critics.statistics(batch, batch.action)
+    assert found == pytest.approx(
+        {"q_data": 3, "q_policy": 3, "q_spread": 1, "advantage/05": 0, "advantage/50": 0, "advantage/95": 0}
+    )

@@ -1,0 +1,40 @@
+"""Small worlds whose best behaviour and values are known: what offline reinforcement learning must find."""
+
+import numpy as np
+
+from diffpolicy.data.episodes import Episode, Episodes, from_list
+
+
+def bandit(count: int = 600, steps: int = 1, seed: int = 0, gap: float = 1.0) -> Episodes:
+    """Episodes of `steps` actions, all near 0.6 (reward `gap` in all) or all near -0.6 (reward 0), as often."""
+    rng = np.random.default_rng(seed)
+    episodes = []
+    for i in range(count):
+        mode = 1 if i % 2 else -1
+        action = (0.6 * mode + 0.05 * rng.normal(size=(steps, 1))).astype(np.float32)
+        reward = np.full(steps, gap * (mode > 0) / steps, np.float32)
+        episodes.append(Episode({"obs": np.zeros((steps + 1, 1), np.float32)}, action, reward, True, False))
+    return from_list(episodes)
+
+
+def chain(count: int = 300, cells: int = 5, limit: int = 12, seed: int = 0) -> Episodes:
+    """A walk over `cells` places, one-hot: action 1 goes right, -1 left, at random; behind the last place is reward 1.
+
+    An episode begins anywhere and ends truly at the reward, or is cut at `limit` steps. The optimal value of stepping
+    right from place c is `gamma^(cells - 1 - c)`; of stepping left, `gamma^2` times that (`gamma` from place 0).
+    """
+    rng = np.random.default_rng(seed)
+    episodes = []
+    for _ in range(count):
+        place, places, actions, rewards = int(rng.integers(cells)), [], [], []
+        while place < cells and len(actions) < limit:
+            places.append(place)
+            right = rng.random() < 0.5
+            place = place + 1 if right else max(place - 1, 0)
+            actions.append(1.0 if right else -1.0)
+            rewards.append(float(place == cells))
+        obs = np.eye(cells, dtype=np.float32)[np.minimum([*places, place], cells - 1)]
+        ended = place == cells
+        action, reward = np.array(actions, np.float32)[:, None], np.array(rewards, np.float32)
+        episodes.append(Episode({"obs": obs}, action, reward, ended, not ended))
+    return from_list(episodes)
