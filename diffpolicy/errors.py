@@ -26,3 +26,7 @@ class TrainingError(DiffPolicyError):
 
 class MissingExtraError(DiffPolicyError):
     """An optional dependency that is not installed."""
+
+
+class ControlError(DiffPolicyError):
+    """A control loop that cannot be safe as it was asked for: its limits, its delay, its start."""

@@ -5,7 +5,10 @@ For data from a mixture of Gaussians `sum_k w_k N(m_k, s^2 I)` (variance per ele
     E[x | x_t] = sum_k p_k(x_t) (m_k + alpha s^2 / (alpha^2 s^2 + sigma^2) (x_t - alpha m_k))
     p_k(x_t)  ~  w_k N(x_t; alpha m_k, alpha^2 s^2 + sigma^2)
 
-One component is a Gaussian; `s = 0` is a finite dataset (the denoiser that an unlimited network would learn).
+One component is a Gaussian; `s = 0` is a finite dataset (the denoiser that an unlimited network would learn). For a
+Gaussian `N(m, C)` whose actions correlate over time, with `A` and `S` the diagonals of alpha and sigma,
+
+    E[x | x_t] = m + C A (A C A + S^2)^-1 (x_t - A m)
 """
 
 import torch
@@ -53,3 +56,30 @@ def gaussian(schedule: Schedule, mean: torch.Tensor, std: torch.Tensor | float) 
 def finite_dataset(schedule: Schedule, chunks: torch.Tensor) -> Mixture:
     """Denoiser of the empirical distribution of `chunks` `(M, Tp, Da)`."""
     return Mixture(schedule, chunks, 0.0)
+
+
+class CorrelatedGaussian(Denoiser):
+    """Exact posterior mean of `N(mean (Tp, Da), covariance (Tp, Tp))`, the same for every action dimension."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    def __init__(self, schedule: Schedule, mean: torch.Tensor, covariance: torch.Tensor) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.register_buffer("mean", mean)
+        self.register_buffer("covariance", covariance)
+
+    def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None = None) -> torch.Tensor:
+        """`E[x | x_t]`, shape of `x_t` `(B, Tp, Da)`."""
+        time = t if isinstance(t, torch.Tensor) else x_t.new_full((x_t.shape[0],), t)
+        alpha, sigma = (scale.expand(*x_t.shape[:2], 1) for scale in self.schedule(broadcast(time, x_t)))
+        scaled = self.covariance * alpha.mT
+        marginal = alpha * scaled + torch.diag_embed(sigma.squeeze(-1) ** 2)
+        return self.mean + scaled @ torch.linalg.solve(marginal, x_t - alpha * self.mean)
+
+    def given(self, chunk: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean `(B, Tp, Da)` and covariance `(Tp, Tp)` given the actions `known (Tp,)` bool of `chunk (B, Tp, Da)`."""
+        cross = self.covariance[:, known]
+        gain = cross @ torch.linalg.inv(self.covariance[known][:, known])
+        return self.mean + gain @ (chunk - self.mean)[:, known], self.covariance - gain @ cross.mT

@@ -1,8 +1,23 @@
-"""Denoisers made of denoisers: each takes one and is one, so they stack in any order."""
+r"""Denoisers made of denoisers: each takes one and is one, so they stack in any order.
+
+A chunk of which something is known already, `Y` with weights `W` in [0, 1] (1 known, 0 free), as `D = E[x | x_t]`:
+
+    Pinned         D + W (Y - D)                                        hard (W of 0 and 1) or soft inpainting
+    RealTimeChunk  D + sigma min(beta, sigma / (alpha r^2)) J^T W (Y - D)        J = dD / dx_t,  r^2 ~ Var[x | x_t]
+
+The second is `D + sigma^2 / alpha grad log N(Y; D, r^2 / W)`, Tweedie's formula for `x` given `x_t` and `Y`: through
+the Jacobian what is known moves what is free. It stays the same if `x_t` is multiplied by any number, so Black et al.'s
+rule for flows (`alpha = tau, sigma = 1 - tau`) is a rule for all schedules.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from diffpolicy.diffusion.denoiser import Denoiser
+
+Variance = Callable[[float, float], float]
 
 
 class Clipped(Denoiser):
@@ -20,3 +35,119 @@ class Clipped(Denoiser):
     def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """`clip(D, -limit, limit)`."""
         return self.denoiser(x_t, t, cond).clamp(-self.limit, self.limit)
+
+
+class Pinned(Denoiser):
+    """Inpainting: the estimate is replaced by what is known, in full where the weight is 1, in part below.
+
+    A chunk sampled to the end equals `chunk` to the bit where the weight is 1. With the samplers here this is the
+    replacement method of Song et al. (2021, app. I.2): the known part of `x_t` is `alpha Y + sigma eps` at every `t`.
+    It is biased: what is free sees what is known through its noise, too late to follow it. On a Gaussian of 8 actions
+    whose neighbours correlate by 0.9, with the first 3 pinned, the mean of the other 5 misses the true conditional
+    mean by 0.54 of the way it should go (`cosine`, DDPM, 20 steps). Taking each step 2, 4, 16 and 64 times with noise
+    put back between (`repeats` of `sample`; RePaint, Lugmayr et al. 2022) leaves 0.39, 0.24, 0.11 and 0.06, with half
+    of the true variance at the end; `RealTimeChunk` leaves 0.27 in one pass (0.38 with DDIM).
+
+    Args:
+        denoiser: of free chunks.
+        chunk: what is known, `(B, Tp, Da)`, finite everywhere; where the weight is 0 it does not matter.
+        weights: `(Tp,)`, or anything that broadcasts to the chunk's shape, in [0, 1].
+    """
+
+    def __init__(self, denoiser: Denoiser, chunk: torch.Tensor, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.chunk = chunk
+        self.weights = per_action(weights, chunk)
+
+    def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """`D + W (Y - D)`."""
+        return torch.lerp(self.denoiser(x_t, t, cond), self.chunk, self.weights)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`Var[x | x_t]` of data of standard deviation `std`: `r^2 = sigma^2 std^2 / (alpha^2 std^2 + sigma^2)`.
+
+    1 is that of Black et al. (2025, eq. 4). What matters is the spread of the chunks that one observation leaves open,
+    in the unit box: it is less than 1, and then more guidance is right.
+    """
+
+    std: float = 1.0
+
+    def __call__(self, alpha: float, sigma: float) -> float:
+        """`r^2`."""
+        return (sigma * self.std) ** 2 / ((alpha * self.std) ** 2 + sigma**2)
+
+
+class RealTimeChunk(Denoiser):
+    """Guidance towards what is known, through the Jacobian (Black et al. 2025, real-time chunking; Song et al. 2023).
+
+    One vector-Jacobian product an evaluation: about three times the cost of a plain one. What is known is approached,
+    not met: its weight is bounded by `beta`. With all weights 0 it is the denoiser itself, to the bit. Put it around a
+    clipped denoiser and clip again: near `t = 1` the Jacobian of a noise prediction is of the order `1 / alpha`.
+
+    Args:
+        denoiser: of free chunks, any prediction; differentiable in `x_t`.
+        chunk: what is known, `(B, Tp, Da)`, finite everywhere.
+        weights: `(Tp,)`, or anything that broadcasts to the chunk's shape, in [0, 1].
+        beta: largest weight of the guidance, in units of a flow's velocity; Black et al. use 5.
+        variance: `(alpha, sigma) -> r^2`; with the true variance of one known action and `beta` infinite, the result
+            is exact on a Gaussian. On Push-T (epsilon, `cosine`, 64 histories, delay 4) the change of velocity at the
+            border, as a share of the action's range, is 0.118 without a prefix, and 0.066 with DDIM in 10 steps
+            (0.059 with DDPM in 20) as it stands here, 0.043 (0.028) with `beta` 50 and `Spread(0.3)`, 0.025 (0.012)
+            with `Spread(0.1)`; below that it grows again.
+        jacobian: False takes the identity for the Jacobian, as some implementations do: no derivative, but nothing
+            free moves. For comparison only.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        chunk: torch.Tensor,
+        weights: torch.Tensor,
+        beta: float = 5.0,
+        variance: Variance = Spread(),
+        jacobian: bool = True,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.chunk = chunk
+        self.weights = per_action(weights, chunk)
+        self.beta = beta
+        self.variance = variance
+        self.jacobian = jacobian
+
+    def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """`D + sigma min(beta, sigma / (alpha r^2)) J^T W (Y - D)`; `t` is a float, as in every sampler."""
+        assert isinstance(t, float)
+        alpha, sigma = self.schedule(t)
+        gain = sigma * min(self.beta, sigma / (alpha * self.variance(alpha, sigma)))
+        if not self.jacobian:
+            x = self.denoiser(x_t, t, cond)
+            return x + gain * (self.weights * (self.chunk - x))
+        x, pull = vector_jacobian(self.denoiser, x_t, t, cond, lambda x: self.weights * (self.chunk - x))
+        return x + gain * pull
+
+
+def vector_jacobian(
+    denoiser: Denoiser,
+    x_t: torch.Tensor,
+    t: float,
+    cond: torch.Tensor | None,
+    error: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `(D, J^T error(D))` with `J = dD / dx_t`; works inside `torch.inference_mode` too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x_t.clone().requires_grad_()  # copies: tensors made in inference mode cannot be differentiated
+        x = denoiser(leaf, t, None if cond is None else cond.clone())
+        (pull,) = torch.autograd.grad(x, leaf, error(x.detach()))
+    return x.detach(), pull
+
+
+def per_action(weights: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
+    """Give weights `(Tp,)` or `(B, Tp)` the trailing axis of a chunk `(B, Tp, Da)`."""
+    weights = weights.to(chunk)
+    return (weights[..., None] if weights.ndim < chunk.ndim else weights).expand(chunk.shape)

@@ -31,7 +31,7 @@ Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 
 @dataclass(frozen=True)
 class Leg:
-    """One step of a sampler, from `t` to `s < t`, with the scales at both ends."""
+    """One step of a sampler, from `t` to `s < t`, with the scales at both ends; `s > t` puts noise back."""
 
     t: float
     alpha: float
@@ -41,12 +41,25 @@ class Leg:
     sigma_s: float
 
 
-def legs(schedule: Schedule, steps: int) -> list[Leg]:
-    """`steps` legs of equal length from `t = 1` to exactly 0 (`trailing` spacing in `diffusers`)."""
+def legs(schedule: Schedule, steps: int, repeats: int = 1) -> list[Leg]:
+    """`steps` legs of equal length from `t = 1` to exactly 0 (`trailing` spacing in `diffusers`).
+
+    With `repeats` above 1 each is taken that often, with its way back between: the path of RePaint (Lugmayr et al.
+    2022, alg. 1, jump length 1).
+    """
     if steps < 1:
         raise ValueError(f"sampling takes at least one step, not {steps}")
+    if repeats < 1:
+        raise ValueError(f"each step is taken at least once, not {repeats} times")
     points = [(t, *schedule(t)) for t in (1 - i / steps for i in range(steps))] + [(0.0, 1.0, 0.0)]
-    return [Leg(*start, *end) for start, end in pairwise(points)]
+    path = [(Leg(*start, *end), Leg(*end, *start)) for start, end in pairwise(points)]
+    return [leg for there, back in path for leg in [there, back] * (repeats - 1) + [there]]
+
+
+def renoise(x: torch.Tensor, leg: Leg, noise: torch.Tensor) -> torch.Tensor:
+    """Put back the noise between `t` and `s > t`: a draw of `x_s` given `x_t` under the forward process."""
+    ratio = leg.alpha_s / leg.alpha
+    return ratio * x + math.sqrt(max(leg.sigma_s**2 - ratio**2 * leg.sigma**2, 0.0)) * noise
 
 
 class Sampler(ABC):
@@ -137,48 +150,60 @@ class DpmPP2M(Sampler):
 
 
 def sample(
-    denoiser: Denoiser, sampler: Sampler, noise: torch.Tensor, cond: torch.Tensor | None, steps: int
+    denoiser: Denoiser, sampler: Sampler, noise: torch.Tensor, cond: torch.Tensor | None, steps: int, repeats: int = 1
 ) -> torch.Tensor:
     """Turn noise into a chunk.
 
     Args:
         denoiser: posterior mean, with its schedule.
         sampler: the rule of one leg.
-        noise: every draw of this sampling, `(draws, B, Tp, Da)` with `draws >= sampler.draws(steps)`.
+        noise: every draw of this sampling, `(draws, B, Tp, Da)` with at least as many as `draws_of` says.
         cond: what conditions the network, `(B, C)` or None.
         steps: number of legs.
+        repeats: how often each leg is taken (`legs`); more than 1 only helps where a part of the chunk is pinned.
 
     Returns:
         Chunk `(B, Tp, Da)` on the unit scale.
     """
-    if len(noise) < sampler.draws(steps):
-        raise ValueError(f"{sampler} with {steps} steps needs {sampler.draws(steps)} draws of noise, not {len(noise)}")
+    needed = draws_of(sampler, steps, repeats)
+    if len(noise) < needed:
+        raise ValueError(f"{sampler} with {steps} steps needs {needed} draws of noise, not {len(noise)}")
     x, memory = noise[0], None
-    for i, leg in enumerate(legs(denoiser.schedule, steps)):
+    for i, leg in enumerate(legs(denoiser.schedule, steps, repeats)):
         draw = noise[i + 1] if i + 1 < len(noise) else None
-        x, memory = sampler.step(lambda x_t, t: denoiser(x_t, t, cond), x, leg, draw, memory)
+        if leg.s > leg.t:
+            assert draw is not None
+            x, memory = renoise(x, leg, draw), None
+        else:
+            x, memory = sampler.step(lambda x_t, t: denoiser(x_t, t, cond), x, leg, draw, memory)
     return x
+
+
+def draws_of(sampler: Sampler, steps: int, repeats: int) -> int:
+    """Noise tensors that one sampling needs: with repeats, the start and one for each leg but the last."""
+    return sampler.draws(steps) if repeats == 1 else steps * (2 * repeats - 1)
 
 
 class Sample(nn.Module):
     """The planner that samples: `(cond, noise) -> chunk` in the unit box."""
 
-    def __init__(self, denoiser: Denoiser, sampler: Sampler, steps: int) -> None:
+    def __init__(self, denoiser: Denoiser, sampler: Sampler, steps: int, repeats: int = 1) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.sampler = sampler
         self.steps = steps
+        self.repeats = repeats
 
     @property
     def draws(self) -> int:
         """Noise tensors that one sampling needs."""
-        return self.sampler.draws(self.steps)
+        return draws_of(self.sampler, self.steps, self.repeats)
 
     @property
     def evaluations(self) -> int:
         """Network evaluations of one sampling (`K`, NFE)."""
-        return self.sampler.evaluations(self.steps)
+        return self.sampler.evaluations(self.steps) * self.repeats
 
     def forward(self, cond: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
         """Sample chunks `(B, Tp, Da)` from `cond (B, C)` and `noise (draws, B, Tp, Da)`."""
-        return sample(self.denoiser, self.sampler, noise, cond, self.steps)
+        return sample(self.denoiser, self.sampler, noise, cond, self.steps, self.repeats)

@@ -1,0 +1,77 @@
+"""A control script as one writes it for an arm, here a simulated Fetch in MuJoCo at its own 25 Hz on the wall clock.
+
+    diffpolicy collect --task fetch-reach --episodes 100 --out demos/reach
+    diffpolicy train --dataset demos/reach --task fetch-reach --out runs/reach
+    python scripts/robot_control.py runs/reach
+
+The policy is the three lines of `main`. For a real arm, `read` and `write` talk to its driver instead.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import tyro
+
+from diffpolicy.control import Limits, RealTime, Runner, Safety
+from diffpolicy.policy import Policy
+from diffpolicy.rollout import make_env
+
+HZ = 25.0
+HURRY = 4.0  # seconds in which a goal has to be reached
+
+
+@dataclass(frozen=True)
+class Args:
+    """Drive a simulated Fetch arm."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run, or of a policy."""
+    seconds: float = 20.0
+    """How long."""
+    device: str = "cpu"
+    """Where the policy plans."""
+
+
+class Arm:
+    """An arm with two calls, as a driver has them: what it sees, and the velocity its gripper is to have."""
+
+    def __init__(self) -> None:
+        self.env = make_env("FetchReach-v4", max_episode_steps=10**9)
+        self.obs, _ = self.env.reset(seed=0)
+        self.goal_since = time.monotonic()
+        self.reached = self.goals = 0
+        self.written: list[np.ndarray] = []
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Return the newest observation."""
+        return self.obs
+
+    def write(self, action: np.ndarray) -> None:
+        """Move for one period; now and then the goal jumps."""
+        self.obs, _, _, _, info = self.env.step(action.astype(np.float32))
+        self.written.append(action)
+        if time.monotonic() - self.goal_since > HURRY:
+            self.goals += 1
+            self.reached += int(info["is_success"])
+            self.obs, _ = self.env.reset(seed=self.goals)
+            self.goal_since = time.monotonic()
+
+
+def main(args: Args) -> None:
+    """Run, then say what happened."""
+    arm = Arm()
+    safety = Safety(Limits(low=-1.0, high=1.0, velocity=20.0), rest=np.zeros(4))
+
+    policy = Policy.load(args.run, args.device)
+    runner = Runner(policy, HZ, RealTime(), safety)
+    report = runner.run(arm.read, arm.write, seconds=args.seconds)
+
+    print(report)
+    print(f"goals        {arm.reached} of {arm.goals} reached")
+    steps = np.abs(np.diff(arm.written, axis=0)).max(axis=1)
+    print(f"steps        {np.median(steps):.3f} median, {steps.max():.3f} largest change of an action")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

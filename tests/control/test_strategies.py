@@ -1,0 +1,204 @@
+"""Strategies with real policies: what a prefix does to a plan, and what a runner writes."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffpolicy.control.clock import VirtualClock, VirtualWorker
+from diffpolicy.control.loop import Safety
+from diffpolicy.control.runner import Runner
+from diffpolicy.control.strategies import Bidirectional, Chunk, Ensemble, RealTime, Synchronous, reach
+from diffpolicy.data.episodes import Episode, from_list
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.spec import Spec
+from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk
+from diffpolicy.diffusion.prefix import Prefix, hard, prefix_weights
+from diffpolicy.errors import PolicyError
+from diffpolicy.parts import PREDICTIONS, DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
+from diffpolicy.policy import Policy
+
+SPEC = Spec({"obs": (3,)}, action_dim=2, horizon=8, n_obs_steps=2, n_action_steps=3)
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def make_policy(prediction: str = "v_prediction", network: str = "unet1d", sampler: str = "ddim") -> Policy:
+    """An untrained policy; its weights depend on nothing but the sizes."""
+    rng = np.random.default_rng(0)
+    action = rng.uniform(-2, 5, size=(30, 2)).astype(np.float32)
+    obs = {"obs": rng.normal(size=(31, 3)).astype(np.float32)}
+    normalizer = Normalizer.fit(from_list([Episode(obs, action, np.zeros(30, dtype=np.float32), False, True)]))
+    config = DenoiserConfig(
+        network, down_dims=(16, 32), kernel_size=3, step_embed_dim=16, hidden_dim=32, depth=1, prediction=prediction
+    )
+    torch.manual_seed(0)
+    denoiser, encoder = make_denoiser(config, SPEC, normalizer), make_encoder(config, SPEC, normalizer)
+    return Policy(SPEC, normalizer, encoder, denoiser, config, SamplerConfig(sampler, 5))
+
+
+def arguments(policy: Policy, n: int = 4, repeats: int = 1):
+    generator = torch.Generator().manual_seed(1)
+    history = {"obs": torch.randn(n, 2, 3, generator=generator).to(policy.device)}
+    return history, torch.randn(policy.draws(repeats), n, 8, 2, generator=generator).to(policy.device)
+
+
+def former_chunk(policy: Policy, n: int = 4) -> torch.Tensor:
+    """A chunk that the same policy could have made, from other noise."""
+    history, noise = arguments(policy, n)
+    return policy.plan(history, noise.flip(1).neg())
+
+
+# --- plan(history, noise, prefix) ---
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("network", ["unet1d", "mlp"])
+def test_a_prefix_of_no_weight_leaves_the_plan_as_it_is_for_every_network_and_prediction(device, prediction, network):
+    policy = make_policy(prediction, network).to(device)
+    history, noise = arguments(policy)
+    plain = policy.plan(history, noise)
+    for guide in (RealTimeChunk, Pinned):
+        prefix = Prefix(former_chunk(policy), torch.zeros(8), guide)
+        assert torch.equal(policy.plan(history, noise, prefix), plain)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "flow"])
+def test_guidance_brings_the_frozen_actions_nearer_and_stays_in_the_action_box(device, prediction):
+    """Without training a noise prediction is clipped everywhere and has no Jacobian; the exact one has its own test."""
+    policy = make_policy(prediction).to(device)
+    history, noise = arguments(policy)
+    former = former_chunk(policy)
+    prefix = Prefix(former, prefix_weights(8, start=1, delay=2, end=6))
+    guided, plain = policy.plan(history, noise, prefix), policy.plan(history, noise)
+    assert (guided - former)[:, :3].square().mean() < 0.9 * (plain - former)[:, :3].square().mean()
+    action = policy.normalizer["action"]
+    assert bool(((guided >= action.minimum - 1e-4) & (guided <= action.maximum + 1e-4)).all())
+    assert guided.isfinite().all()
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_pinned_actions_come_back_in_physical_units_to_1e_5(repeats: int):
+    policy = make_policy()
+    history, noise = arguments(policy, repeats=repeats)
+    former = former_chunk(policy)
+    prefix = Prefix(former, prefix_weights(8, 1, 2, 6, hard), Pinned, repeats)
+    planned = policy.plan(history, noise, prefix)
+    torch.testing.assert_close(planned[:, :3], former[:, :3], rtol=0, atol=1e-5)
+    assert (planned - former)[:, 3:].abs().max() > 1e-3
+
+
+def test_each_row_of_a_batch_is_guided_by_its_own_prefix():
+    policy = make_policy()
+    history, noise = arguments(policy)
+    former, weights = former_chunk(policy), torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
+    together = policy.plan(history, noise, Prefix(former, weights))
+    for i in range(4):
+        rows = slice(i, i + 1)
+        alone = policy.plan({"obs": history["obs"][rows]}, noise[:, rows], Prefix(former[rows], weights[rows]))
+        torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-4)
+
+
+def test_a_compiled_plan_refuses_a_prefix_in_one_sentence():
+    policy = make_policy()
+    history, noise = arguments(policy)
+    compiled = policy.with_plan(lambda history, noise: policy.plan(history, noise))
+    with pytest.raises(PolicyError, match="a compiled plan takes no prefix"):
+        compiled.plan(history, noise, Prefix(former_chunk(policy), torch.ones(8)))
+
+
+# --- values ---
+
+
+def test_the_reach_of_a_chunk_is_what_lies_from_the_current_step_on():
+    assert reach(SPEC) == 7
+
+
+def test_the_ensemble_weighs_with_exp_of_minus_m_i_oldest_first():
+    chunks = [Chunk(np.full((4, 1), value), origin, start=0, time=0.0) for value, origin in ((1.0, 0), (5.0, 2))]
+    weights = np.exp(-0.5 * np.arange(2)) / np.exp(-0.5 * np.arange(2)).sum()
+    assert Ensemble(decay=0.5).action(chunks, 3) == pytest.approx(weights @ [1.0, 5.0])
+    assert Ensemble(decay=0.5).action(chunks, 1) == pytest.approx(1.0)
+    assert Ensemble(decay=0.5).action(chunks, 5) == pytest.approx(5.0)
+    assert Ensemble(decay=0.5).action(chunks, 6) is None
+
+
+def test_bidirectional_decoding_takes_the_sample_nearest_to_the_former_chunk_where_both_go_on():
+    former = Chunk(np.arange(8.0)[:, None], origin=0, start=1, time=0.0)
+    near, far = np.arange(3.0, 11.0)[:, None], np.arange(8.0)[:, None]
+    near[:3] += 100  # executed before the new chunk can be used: it does not count
+    assert Bidirectional().choose(np.stack([far, near]), former, origin=3, delay=2) == 1
+    assert Bidirectional().choose(np.stack([near, far]), former, origin=3, delay=2) == 0
+    assert Bidirectional().choose(np.stack([far, near]), None, origin=3, delay=2) == 0
+    assert Bidirectional().choose(np.stack([far, near]), former, origin=9, delay=0) == 0
+
+
+def test_the_first_actions_count_most_in_bidirectional_decoding():
+    former = Chunk(np.zeros((8, 1)), origin=0, start=0, time=0.0)
+    early, late = np.zeros((8, 1)), np.zeros((8, 1))
+    early[0], late[5] = 1.0, 5.0
+    assert Bidirectional(decay=0.5).choose(np.stack([early, late]), former, 0, 0) == 1
+    assert Bidirectional(decay=1.0).choose(np.stack([early, late]), former, 0, 0) == 0
+
+
+# --- a policy in a runner ---
+
+
+def play(runner: Runner, beats: int, delay: float) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Observations are smooth; inference takes `delay` periods."""
+    clock = VirtualClock()
+    loop = runner.start(VirtualWorker(clock, lambda: delay * runner.period))
+    observed = [np.sin(0.05 * i + np.arange(3)).astype(np.float32) for i in range(beats)]
+    written = []
+    for i, obs in enumerate(observed):
+        clock.time = i * runner.period
+        written.append(loop.step(clock.now(), obs))
+    return np.array([action for action in written if action is not None]), observed
+
+
+def test_without_a_delay_the_synchronous_runner_writes_what_predict_does_to_the_bit():
+    """One episode: the same history, the same noise, the same chunks; To = 2, Ta = 3."""
+    policy = make_policy()
+    written, observed = play(Runner(policy, 50, Synchronous(), warm_up=0), 20, delay=0.0)
+    state, predicted = None, []
+    for obs in observed:
+        action, state = policy.predict(obs, state)
+        predicted.append(action)
+    np.testing.assert_array_equal(written, np.array(predicted))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        RealTime(),
+        RealTime(Pinned, hard, repeats=3),
+        RealTime(partial(RealTimeChunk, beta=10.0)),
+        Bidirectional(4),
+        Ensemble(),
+    ],
+    ids=["guided", "pinned", "guided_10", "bidirectional", "ensemble"],
+)
+def test_joined_chunks_step_less_at_their_borders_than_chunks_taken_as_they_come(strategy):
+    """Inference takes 2 of Ta 3 actions. An untrained policy follows its noise, so chunks disagree as much as they can:
+    every way of joining makes the mean step of the arm smaller than that of taking chunks as they come."""
+    from diffpolicy.control.strategies import Switch
+
+    policy = make_policy()
+    steps = []
+    for one in (Switch(), strategy):
+        written, _ = play(Runner(policy, 50, one, Safety(stop_after=None), delay=2, warm_up=0), 90, delay=1.5)
+        steps.append(np.abs(np.diff(written, axis=0))[3::3].mean())
+    assert steps[1] < 0.9 * steps[0]
+
+
+def test_strategies_are_values():
+    assert RealTime() == RealTime() and RealTime(decay=hard) != RealTime()
+    assert len({Synchronous(), Synchronous(), Ensemble()}) == 2
+
+
+def test_nothing_in_the_control_package_pickles():
+    folder = Path(__file__).parents[2] / "diffpolicy" / "control"
+    assert not [path.name for path in folder.glob("*.py") if "pickle" in path.read_text()]
