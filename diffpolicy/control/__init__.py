@@ -1,5 +1,6 @@
 """The real clock: a loop at a fixed rate, and plans that are fast enough for a control period."""
 
+from diffpolicy.control.compiled import compile_plan
 from diffpolicy.control.limits import Limits
 from diffpolicy.control.loop import Safety, Stamped
 from diffpolicy.control.report import Report
@@ -17,4 +18,5 @@ __all__ = [
     "Stamped",
     "Switch",
     "Synchronous",
+    "compile_plan",
 ]
