@@ -449,3 +449,25 @@ def test_ends_of_episodes_that_cannot_be_are_refused_in_one_line(tmp_path, ends,
     del root["meta/episode_ends"]
     root.create_array("meta/episode_ends", data=np.array(ends))
     assert outcome(path, whole) == "refused"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux can be told how much a decoder may take")
+def test_a_parquet_file_of_a_kilobyte_that_decodes_to_gigabytes_is_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import resource
+
+    import pyarrow.parquet as pq
+
+    path = make_lerobot(tmp_path)
+    whole, before = numbers(load(path)), resource.getrlimit(resource.RLIMIT_AS)
+    (file,) = (path / "data").rglob("*.parquet")
+    table = pq.read_table(file)
+    name, rows = "observation.state", len(table)
+    offsets = np.r_[np.arange(rows) * 3, 300_000_000].astype("i4")
+    zeros = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.zeros(300_000_000, "f4")))
+    bomb = table.set_column(table.column_names.index(name), name, zeros).replace_schema_metadata(None)
+    pq.write_table(bomb, file, compression="zstd")
+    del zeros, bomb, table
+    assert file.stat().st_size < 10_000
+    assert outcome(path, whole) == "refused"
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

@@ -40,9 +40,16 @@ class File:
     rows: int
 
 
+HEADROOM = 2 << 30
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Open a parquet file; what goes wrong in it becomes one sentence."""
+    """Open a parquet file; what goes wrong in it becomes one sentence.
+
+    600 bytes of parquet can hold a row of 600 million zeros, which no footer has to admit: while a file is open, a
+    decoder that asks for 2 GiB more than there was gets none (on Linux, where a process can be told so).
+    """
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -50,8 +57,27 @@ def opened(path: Path) -> Iterator[Any]:
         raise MissingExtraError(
             f"reading {path} needs the pyarrow package; pip install 'diffpolicy[lerobot]'"
         ) from error
-    with reading(path, "the file"), arrow.OSFile(str(path), "rb") as source:
+    arrow.allocate_buffer(1)  # pyarrow's allocator reserves its first GiB of addresses before the limit is set
+    with reading(path, "the file"), arrow.OSFile(str(path), "rb") as source, _bounded(HEADROOM):
         yield parquet.ParquetFile(source)
+
+
+@contextmanager
+def _bounded(headroom: int) -> Iterator[None]:
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [pages * resource.getpagesize() + headroom, *(n for n in (soft, hard) if n != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def check_column(path: Path, schema: Any, feature: Feature) -> None:
