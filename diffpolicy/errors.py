@@ -30,3 +30,8 @@ class MissingExtraError(DiffPolicyError):
 
 class ControlError(DiffPolicyError):
     """A control loop that cannot be safe as it was asked for: its limits, its delay, its start."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error) or repr(error)).splitlines()[0]

@@ -7,25 +7,19 @@ themselves: then only the first episode of each is seeded, and the step that a N
 reset is not recorded, nor is its action used.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
-from io import StringIO
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from diffpolicy.data.environments import make, register
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.errors import MissingExtraError, SpecError
 from diffpolicy.policy import BOX_NAME
-
-PLUGINS = ("gymnasium_robotics", "gym_pusht")
 
 
 class Actor(Protocol):
@@ -45,14 +39,9 @@ def make_env(env_id: str, **kwargs: Any) -> gymnasium.Env:
         MissingExtraError: if no installed package registers `env_id`.
         SpecError: if its actions are not continuous.
     """
-    if env_id not in gymnasium.registry and ":" not in env_id:
-        for plugin in PLUGINS:
-            if find_spec(plugin):
-                with redirect_stderr(StringIO()):  # they print notices about tasks nobody asked for
-                    import_module(plugin)
+    register(env_id)
     try:
-        with _without_mujoco_py():
-            env = gymnasium.make(env_id, **kwargs)
+        env = make(env_id, **kwargs)
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         raise MissingExtraError(
             f"no installed package makes the environment {env_id!r} ({error}); check its name, "
@@ -61,19 +50,6 @@ def make_env(env_id: str, **kwargs: Any) -> gymnasium.Env:
     if not isinstance(env.action_space, gymnasium.spaces.Box):
         raise SpecError(f"{env_id} has the action space {env.action_space}; a diffusion policy needs a continuous Box")
     return env
-
-
-@contextmanager
-def _without_mujoco_py() -> Iterator[None]:
-    """Gymnasium-robotics tries mujoco_py, which d4rl brings, and trips over one that lacks its MuJoCo 2.1."""
-    absent = "mujoco_py" not in sys.modules
-    if absent:
-        sys.modules["mujoco_py"] = None  # type: ignore[assignment]  # then importing it is an ImportError
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules["mujoco_py"]
 
 
 def make_envs(

@@ -13,7 +13,7 @@ from diffpolicy import pictures
 from diffpolicy import train as training
 from diffpolicy.cli.shared import json_object, progress_bar, read_config
 from diffpolicy.data import scores
-from diffpolicy.errors import PolicyError, SpecError
+from diffpolicy.errors import PolicyError, SpecError, first_line
 from diffpolicy.evaluate import measure, play_unseen, summarise
 from diffpolicy.policy import Policy
 from diffpolicy.rollout import record
@@ -117,5 +117,5 @@ def film(policy: Policy, task: Task, seed: int, path: Path) -> str:
             frames, fps = record(policy, task.env_id, task.env_kwargs, seed)
         pictures.save_video(path, frames, fps)
     except Exception as error:  # renderers fail in many ways, none of which should cost the report
-        return f"none: {str(error).splitlines()[0] if str(error) else repr(error)}"
+        return f"none: {first_line(error)}"
     return str(path)

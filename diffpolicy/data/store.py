@@ -23,7 +23,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from diffpolicy.data.episodes import Episodes, check_finite
-from diffpolicy.errors import DatasetError
+from diffpolicy.errors import DatasetError, first_line
 
 FORMAT = 1
 FLAT = ("action", "reward", "length", "terminated", "truncated", "has_final")
@@ -162,6 +162,5 @@ def _array(path: Path) -> np.ndarray:
     try:
         return open_memmap(path, mode="c")
     except Exception as error:  # numpy raises many kinds for a damaged header
-        first = (str(error) or repr(error)).splitlines()[0]
-        reason = "it is missing" if isinstance(error, FileNotFoundError) else first
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else first_line(error)
         raise DatasetError(f"{path} cannot be read: {reason}; copy or write the dataset again") from error

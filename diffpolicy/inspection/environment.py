@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from diffpolicy.errors import first_line
 from diffpolicy.inspection.findings import Evidence, Finding, Severity, Surroundings
 from diffpolicy.inspection.ranges import readable
 from diffpolicy.policy import BOX_NAME
@@ -22,7 +23,7 @@ def ask(env_id: str, env_kwargs: Mapping[str, Any]) -> Surroundings:
             warnings.simplefilter("ignore")  # about newer versions and renderers, of no use here
             env = make_env(env_id, **{k: v for k, v in env_kwargs.items() if k != "render_mode"})
     except Exception as error:  # simulators fail in many ways, none of which should cost the inspection
-        return unknown(env_id, (str(error) or repr(error)).splitlines()[0])
+        return unknown(env_id, first_line(error))
     try:
         return _surroundings(env_id, env)
     finally:

@@ -24,8 +24,8 @@ from types import ModuleType
 
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.sources import d4rl
-from diffpolicy.data.sources.reading import Wanted, first_line
-from diffpolicy.errors import DatasetError, MissingExtraError
+from diffpolicy.data.sources.reading import Wanted
+from diffpolicy.errors import DatasetError, MissingExtraError, first_line
 
 NEAREST = 3
 

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_magic
 
 from diffpolicy.data.sources.hdf5 import DEFLATE_RATIO
-from diffpolicy.data.sources.reading import BLOCK_BYTES, first_line, reading
-from diffpolicy.errors import DatasetError, MissingExtraError
+from diffpolicy.data.sources.reading import BLOCK_BYTES, reading
+from diffpolicy.errors import DatasetError, MissingExtraError, first_line
 
 END = ".npy"
 PACKED = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_RATIO}

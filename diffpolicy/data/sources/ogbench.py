@@ -38,10 +38,9 @@ from diffpolicy.data.sources.reading import (
     blocks,
     copy_observations,
     copy_rows,
-    first_line,
     row_bytes,
 )
-from diffpolicy.errors import DatasetError, MissingExtraError
+from diffpolicy.errors import DatasetError, MissingExtraError, first_line
 
 REQUIRED = ("observations", "actions", "terminals")
 OPTIONAL = ("next_observations", "valids", "rewards", "masks", "qpos", "button_states")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from diffpolicy.data.episodes import Episodes
-from diffpolicy.errors import DatasetError, MissingExtraError
+from diffpolicy.errors import DatasetError, MissingExtraError, first_line
 
 BLOCK_BYTES = 16 << 20
 IMAGE_AXES = 3
@@ -169,11 +169,6 @@ def assemble(
         has_final=has_final,
         meta=meta,
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error) or repr(error)).splitlines()[0]
 
 
 @contextmanager

@@ -41,8 +41,8 @@ from diffpolicy.data.sources.minari.layout import (
     registered,
 )
 from diffpolicy.data.sources.minari.writing import save
-from diffpolicy.data.sources.reading import IMAGE_AXES, Layout, Wanted, assemble, first_line, reading
-from diffpolicy.errors import DatasetError, MissingExtraError
+from diffpolicy.data.sources.reading import IMAGE_AXES, Layout, Wanted, assemble, reading
+from diffpolicy.errors import DatasetError, MissingExtraError, first_line
 
 METADATA_BYTES = 64 << 20
 

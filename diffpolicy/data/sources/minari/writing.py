@@ -4,22 +4,17 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stderr
 from copy import deepcopy
-from importlib import import_module
-from importlib.util import find_spec
-from io import StringIO
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from diffpolicy.data.environments import make, register
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.sources.minari.layout import COPIED, NUMBERS, ONE, PROVENANCE, flat, package, parts_of, registered
 from diffpolicy.errors import DatasetError
-
-PLUGINS = ("gymnasium_robotics", "gym_pusht")
 
 
 def save(episodes: Episodes, name: str) -> None:
@@ -74,15 +69,11 @@ def _surroundings(episodes: Episodes) -> tuple[Any, spaces.Space, spaces.Space]:
 
 
 def _make(env_id: str, kwargs: Mapping[str, Any]) -> tuple[Any, spaces.Space, spaces.Space]:
-    if env_id not in gymnasium.registry:
-        for plugin in PLUGINS:
-            if find_spec(plugin):
-                with redirect_stderr(StringIO()):  # they print notices about tasks nobody asked for
-                    import_module(plugin)
+    register(env_id)
     spec = deepcopy(gymnasium.spec(env_id))
     spec.kwargs.update(kwargs)
     spec.to_json()  # raises where it cannot be written
-    env = gymnasium.make(spec)
+    env = make(spec)
     env.close()
     return spec, env.observation_space, env.action_space
 

@@ -1,0 +1,42 @@
+"""Making a Gymnasium environment by its id: the packages that register it are imported first, quietly."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
+from importlib.util import find_spec
+from io import StringIO
+from typing import Any
+
+import gymnasium
+from gymnasium.envs.registration import EnvSpec
+
+PLUGINS = ("gymnasium_robotics", "gym_pusht")
+
+
+def register(env_id: str) -> None:
+    """Import the packages that register robotics and Push-T, where `env_id` is not known yet."""
+    if env_id not in gymnasium.registry and ":" not in env_id:
+        for plugin in PLUGINS:
+            if find_spec(plugin):
+                with redirect_stderr(StringIO()):  # they print notices about tasks nobody asked for
+                    import_module(plugin)
+
+
+def make(env: str | EnvSpec, **kwargs: Any) -> gymnasium.Env:
+    """Return `gymnasium.make`'s environment, beside a mujoco_py that does not work too."""
+    with _without_mujoco_py():
+        return gymnasium.make(env, **kwargs)
+
+
+@contextmanager
+def _without_mujoco_py() -> Iterator[None]:
+    """Gymnasium-robotics tries mujoco_py, which d4rl brings, and trips over one that lacks its MuJoCo 2.1."""
+    absent = "mujoco_py" not in sys.modules
+    if absent:
+        sys.modules["mujoco_py"] = None  # type: ignore[assignment]  # then importing it is an ImportError
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["mujoco_py"]
