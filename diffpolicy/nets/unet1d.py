@@ -24,14 +24,14 @@ from torch.nn import functional
 from diffpolicy.nets.conv import Conv1d
 from diffpolicy.nets.embed import TimeEmbedding
 from diffpolicy.nets.network import Network
+from diffpolicy.nets.norm import GroupNormMish
 
 
 def conv_block(in_channels: int, out_channels: int, kernel_size: int, groups: int) -> nn.Sequential:
     """Conv1d of unchanged length, GroupNorm, Mish."""
     return nn.Sequential(
         Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2),
-        nn.GroupNorm(groups, out_channels),
-        nn.Mish(),
+        GroupNormMish(groups, out_channels),
     )
 
 

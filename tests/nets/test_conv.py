@@ -1,10 +1,14 @@
-"""The convolution over few positions against PyTorch's own."""
+"""Our two ways of convolving against PyTorch's own."""
+
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from diffpolicy.nets.conv import FEW_POSITIONS, Conv1d
+from diffpolicy.nets.conv import FEW_POSITIONS, MANY_CHANNELS, Conv1d
+from diffpolicy.nets.winograd import WIDTHS, winograd_conv1d
 
 
 @pytest.mark.parametrize("batch", [1, 3, FEW_POSITIONS, FEW_POSITIONS + 1])
@@ -23,3 +27,37 @@ def test_both_ways_equal_pytorchs_convolution_and_its_gradients(batch, width, st
         (out * weights).sum().backward()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [4, 5, 8, 16, 30])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_minimal_filtering_is_the_convolution_and_its_gradients_of_both_orders(length, width):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 6, length).double(), torch.randn(7, 6, width).double()
+    given = [tensor.requires_grad_() for tensor in (x, weight, torch.randn(7).double())]
+    results = []
+    for convolve in (winograd_conv1d, partial(functional.conv1d, padding=width // 2)):
+        out = convolve(*given)
+        first = torch.autograd.grad(out.square().sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(part.square().sum() for part in first), given)
+        results.append((out, *first, *second))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_minimal_filtering_rounds_to_a_few_millionths(width):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(64, 256, 16), torch.randn(256, 256, width) / (256 * width) ** 0.5, torch.randn(256)
+    exact = functional.conv1d(x.double(), weight.double(), bias.double(), padding=width // 2)
+    assert (winograd_conv1d(x, weight, bias) - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_only_a_training_step_takes_the_minimal_filtering():
+    torch.manual_seed(0)
+    conv, x = Conv1d(MANY_CHANNELS, MANY_CHANNELS, 3, padding=1), torch.randn(8, MANY_CHANNELS, 16)
+    pytorch = functional.conv1d(x, conv.weight, conv.bias, padding=1)
+    with torch.no_grad():
+        assert torch.equal(conv(x), pytorch)
+    trained = conv(x.requires_grad_())
+    assert torch.equal(trained, winograd_conv1d(x, conv.weight, conv.bias))
+    assert not torch.equal(trained, pytorch)
