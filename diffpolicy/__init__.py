@@ -5,18 +5,41 @@ policy = dp.Policy.load("runs/maze")
 action, state = policy.predict(obs, state, episode_start)
 """
 
-from diffpolicy.agents.bc import Bc, BcConfig
-from diffpolicy.data.episodes import Episode, Episodes
-from diffpolicy.data.normalizer import Normalizer
-from diffpolicy.data.sources import load, save
-from diffpolicy.data.spec import Spec
-from diffpolicy.data.windows import Windows
-from diffpolicy.errors import DiffPolicyError
-from diffpolicy.evaluate import compare, evaluate
-from diffpolicy.parts import DenoiserConfig, SamplerConfig
-from diffpolicy.policy import Policy
-from diffpolicy.rollout import rollout
-from diffpolicy.train import TrainConfig, fit
+from typing import TYPE_CHECKING
+
+from diffpolicy.lazy import import_when_used
+
+if TYPE_CHECKING:
+    from diffpolicy.agents.bc import Bc, BcConfig
+    from diffpolicy.data.episodes import Episode, Episodes
+    from diffpolicy.data.normalizer import Normalizer
+    from diffpolicy.data.sources import load, save
+    from diffpolicy.data.spec import Spec
+    from diffpolicy.data.windows import Windows
+    from diffpolicy.errors import DiffPolicyError
+    from diffpolicy.evaluate import compare, evaluate
+    from diffpolicy.parts import DenoiserConfig, SamplerConfig
+    from diffpolicy.policy import Policy
+    from diffpolicy.rollout import rollout
+    from diffpolicy.train import TrainConfig, fit
+
+import_when_used(
+    __name__,
+    {
+        "diffpolicy.agents.bc": ("Bc", "BcConfig"),
+        "diffpolicy.data.episodes": ("Episode", "Episodes"),
+        "diffpolicy.data.normalizer": ("Normalizer",),
+        "diffpolicy.data.sources": ("load", "save"),
+        "diffpolicy.data.spec": ("Spec",),
+        "diffpolicy.data.windows": ("Windows",),
+        "diffpolicy.errors": ("DiffPolicyError",),
+        "diffpolicy.evaluate": ("compare", "evaluate"),
+        "diffpolicy.parts": ("DenoiserConfig", "SamplerConfig"),
+        "diffpolicy.policy": ("Policy",),
+        "diffpolicy.rollout": ("rollout",),
+        "diffpolicy.train": ("TrainConfig", "fit"),
+    },
+)
 
 __version__ = "0.1.0"
 __all__ = [

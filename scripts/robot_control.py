@@ -1,32 +1,36 @@
 """A control script as one writes it for an arm, here a simulated Fetch in MuJoCo at its own 25 Hz on the wall clock.
 
-    diffpolicy collect --task fetch-reach --episodes 100 --out demos/reach
+    diffpolicy collect --task fetch-reach --episodes 300 --out demos/reach
     diffpolicy train --dataset demos/reach --task fetch-reach --out runs/reach
     python scripts/robot_control.py runs/reach
+    diffpolicy serve runs/reach                                  or: the policy elsewhere
+    python scripts/robot_control.py --server ws://127.0.0.1:8700
 
 The policy is the three lines of `main`. For a real arm, `read` and `write` talk to its driver instead.
 """
 
-import time
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import tyro
 
-from diffpolicy.control import Limits, RealTime, Runner, Safety
+from diffpolicy.control import Client, Limits, RealTime, RemotePolicy, Runner, Safety
 from diffpolicy.policy import Policy
 from diffpolicy.rollout import make_env
 
 HZ = 25.0
-HURRY = 4.0  # seconds in which a goal has to be reached
+HURRY = 100  # actions, 4 s, at the end of which the gripper has to be at its goal
 
 
 @dataclass(frozen=True)
 class Args:
     """Drive a simulated Fetch arm."""
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[str | None] = None
     """Folder of a run, or of a policy."""
+    server: str | None = None
+    """Url of a server instead; its token is read from the environment variable DIFFPOLICY_TOKEN."""
     seconds: float = 20.0
     """How long."""
     device: str = "cpu"
@@ -39,8 +43,7 @@ class Arm:
     def __init__(self) -> None:
         self.env = make_env("FetchReach-v4", max_episode_steps=10**9)
         self.obs, _ = self.env.reset(seed=0)
-        self.goal_since = time.monotonic()
-        self.reached = self.goals = 0
+        self.held = self.goals = 0
         self.written: list[np.ndarray] = []
 
     def read(self) -> dict[str, np.ndarray]:
@@ -48,14 +51,22 @@ class Arm:
         return self.obs
 
     def write(self, action: np.ndarray) -> None:
-        """Move for one period; now and then the goal jumps."""
+        """Move for one period; now and then the arm is put back and the goal jumps."""
         self.obs, _, _, _, info = self.env.step(action.astype(np.float32))
         self.written.append(action)
-        if time.monotonic() - self.goal_since > HURRY:
+        if len(self.written) % HURRY == 0:
             self.goals += 1
-            self.reached += int(info["is_success"])
+            self.held += int(info["is_success"])
             self.obs, _ = self.env.reset(seed=self.goals)
-            self.goal_since = time.monotonic()
+
+
+def load(args: Args) -> Policy | RemotePolicy:
+    """Return the policy, here or at its server."""
+    if args.server is not None:
+        return RemotePolicy(Client(args.server, os.environ.get("DIFFPOLICY_TOKEN")))
+    if args.run is None:
+        raise SystemExit("error: give the folder of a run, or --server with a url")
+    return Policy.load(args.run, args.device)
 
 
 def main(args: Args) -> None:
@@ -63,12 +74,12 @@ def main(args: Args) -> None:
     arm = Arm()
     safety = Safety(Limits(low=-1.0, high=1.0, velocity=20.0), rest=np.zeros(4))
 
-    policy = Policy.load(args.run, args.device)
+    policy = load(args)
     runner = Runner(policy, HZ, RealTime(), safety)
     report = runner.run(arm.read, arm.write, seconds=args.seconds)
 
     print(report)
-    print(f"goals        {arm.reached} of {arm.goals} reached")
+    print(f"goals        {arm.held} of {arm.goals} held at the end of their {HURRY / HZ:g} s")
     steps = np.abs(np.diff(arm.written, axis=0)).max(axis=1)
     print(f"steps        {np.median(steps):.3f} median, {steps.max():.3f} largest change of an action")
 

@@ -1,20 +1,50 @@
-"""The real clock: a loop at a fixed rate, and plans that are fast enough for a control period."""
+"""The real clock: a loop at a fixed rate, plans that are fast enough for a control period, a policy behind a server.
 
-from diffpolicy.control.compiled import compile_plan
-from diffpolicy.control.limits import Limits
-from diffpolicy.control.loop import Safety, Stamped
-from diffpolicy.control.report import Report
-from diffpolicy.control.runner import Runner
-from diffpolicy.control.strategies import Bidirectional, Ensemble, RealTime, Switch, Synchronous
+Names are imported when they are first used: `Client` needs no torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from diffpolicy.lazy import import_when_used
+
+if TYPE_CHECKING:
+    from diffpolicy.control.client import Client
+    from diffpolicy.control.compiled import compile_plan
+    from diffpolicy.control.limits import Limits
+    from diffpolicy.control.loop import Safety, Stamped
+    from diffpolicy.control.remote import RemotePolicy
+    from diffpolicy.control.report import Report
+    from diffpolicy.control.runner import Runner
+    from diffpolicy.control.server import Door, Server
+    from diffpolicy.control.strategies import Bidirectional, Ensemble, RealTime, Switch, Synchronous
+
+import_when_used(
+    __name__,
+    {
+        "diffpolicy.control.client": ("Client",),
+        "diffpolicy.control.compiled": ("compile_plan",),
+        "diffpolicy.control.limits": ("Limits",),
+        "diffpolicy.control.loop": ("Safety", "Stamped"),
+        "diffpolicy.control.remote": ("RemotePolicy",),
+        "diffpolicy.control.report": ("Report",),
+        "diffpolicy.control.runner": ("Runner",),
+        "diffpolicy.control.server": ("Door", "Server"),
+        "diffpolicy.control.strategies": ("Bidirectional", "Ensemble", "RealTime", "Switch", "Synchronous"),
+    },
+)
 
 __all__ = [
     "Bidirectional",
+    "Client",
+    "Door",
     "Ensemble",
     "Limits",
     "RealTime",
+    "RemotePolicy",
     "Report",
     "Runner",
     "Safety",
+    "Server",
     "Stamped",
     "Switch",
     "Synchronous",
