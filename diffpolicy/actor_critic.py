@@ -14,12 +14,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from diffpolicy.critics import CHECK_EVERY, Critics, TdConfig
+from diffpolicy.critics import CHECK_EVERY, Critics, TdConfig, known_returns
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.rewards import transformed
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import SpecError
+from diffpolicy.guides import Guidance
 from diffpolicy.imitation import Actor, ActorConfig
 from diffpolicy.parts import (
     CriticConfig,
@@ -29,6 +31,8 @@ from diffpolicy.parts import (
     SelectionConfig,
     make_critic,
     make_rewards,
+    reward_transform,
+    why_not,
 )
 from diffpolicy.policy import Policy
 
@@ -91,6 +95,8 @@ class ActorCritic(ABC, Generic[C]):
         device: str | torch.device = "cpu",
         seed: int = 0,
     ) -> None:
+        if reason := why_not(config.sampler, SamplerConfig(), config.denoiser.prediction):
+            raise SpecError(reason)
         self.spec, self.config, self.steps, self.seed = spec, config, steps, seed
         self.device = torch.device(device)
         self.normalizer = normalizer.to(self.device)
@@ -141,6 +147,11 @@ class ActorCritic(ABC, Generic[C]):
         return self.actor
 
     @property
+    def guidance(self) -> Guidance | None:
+        """Return what bends the samples when the policy acts: nothing, unless an agent says what."""
+        return None
+
+    @property
     def model(self) -> torch.nn.Module:
         """The network that acts, as it trains."""
         return self.actor.model
@@ -151,7 +162,7 @@ class ActorCritic(ABC, Generic[C]):
         averaged = actor.ema.module
         selection = Selection(self.critics.target, config.critic, config.selection)
         parts = (self.spec, self.normalizer, averaged.encoder, averaged.denoiser)
-        return Policy(*parts, actor.denoiser_config, actor.sampler_config, self.seed, selection)
+        return Policy(*parts, actor.denoiser_config, actor.sampler_config, self.seed, selection, self.guidance)
 
     @torch.no_grad()
     def validation_loss(self, batch: Batch, seed: int = 0) -> float:
@@ -159,8 +170,23 @@ class ActorCritic(ABC, Generic[C]):
         generator = torch.Generator(self.device).manual_seed(seed)
         return float(self.imitator.ema.module.loss(batch, generator))
 
+    def hindsight(self, played: Episodes, data: Episodes, every: int) -> dict[str, float]:
+        """Compare the critics' values of episodes with what followed (`critics.py` has the names).
+
+        Args:
+            played: physical units, by whomever.
+            data: what the agent learns from, whose rewards say how rewards are transformed.
+            every: looks at each `every`-th step of an episode: `n_action_steps` where the policy itself played.
+        """
+        td = self.config.td
+        scale, shift = reward_transform(td.rewards, data)
+        judged = transformed(played, scale, shift)
+        windows = Windows(judged, self.spec, td.gamma, require_next=True)
+        returns = torch.from_numpy(known_returns(judged, td.gamma, every))
+        return self.critics.overestimation(windows, returns[windows.rows], self.normalizer)
+
     @torch.no_grad()
-    def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float]:
+    def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float | torch.Tensor]:
         """Describe the critics on an encoded batch (`critics.py` has the names), with noise from `seed`."""
         policy = self.policy()
         generator = torch.Generator(self.device).manual_seed(seed)

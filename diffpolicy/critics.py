@@ -13,7 +13,14 @@ between the members), `td_loss`, `q_target` (mean of y), `value_loss` (L_V), `q_
 the critics), `distillation` (squared distance of a student to its teacher); and on held-out windows, by the target
 networks, `validation/q_data` and `validation/q_policy` (of the data's actions and of the policy's own),
 `validation/q_spread` (of the policy's own), `validation/advantage/05`, `/50`, `/95` (quantiles of the value of the
-data's actions minus that of the policy's own).
+data's actions minus that of the policy's own; TensorBoard has the histogram, `validation/advantage`).
+
+What followed says how much of a value is true. `monte_carlo` is the mean discounted return that followed the chunks of
+some episodes, `overestimation` how much higher the target networks value those chunks on average: as `evaluation/...`
+for episodes that the policy itself played while training (`--evaluate-every`), where an honest critic is near 0; as
+`validation/...` for held-out episodes of the data, where it also holds what the agent would do better than the data
+from the next chunk on. Left out are steps so late that a time limit can cut more than `TAIL` of what follows them,
+whether it did or not: tasks of few steps that can be cut have neither number.
 """
 
 import math
@@ -21,17 +28,23 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from diffpolicy.data.episodes import Episodes
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.rewards import returns_to_go
 from diffpolicy.data.spec import Spec
-from diffpolicy.data.windows import Batch, Obs
+from diffpolicy.data.windows import Batch, Obs, Windows
 from diffpolicy.errors import SpecError, TrainingError
 from diffpolicy.nets.critic import Critic, Value
 from diffpolicy.nets.encoder import FlattenEncoder
 from diffpolicy.parts import RewardConfig
 
 CHECK_EVERY = 100
+TAIL = 0.05
+LOOKED_AT = 2048
 MARGIN = 10.0
 
 Metrics = dict[str, torch.Tensor | float]
@@ -92,6 +105,18 @@ def whole_chunks(batch: Batch, spec: Spec, gamma: float) -> torch.Tensor:
     """Return 1 where the chunk was executed as a whole or the task ended within it, else 0, `(B,)`."""
     all_recorded = batch.valid[:, spec.executed].all(-1) & (batch.discount <= gamma**spec.n_action_steps * 1.00001)
     return (all_recorded | (batch.discount == 0)).float()
+
+
+def known_returns(episodes: Episodes, gamma: float, every: int) -> np.ndarray:
+    """Discounted return that followed each step `(N,)`; NaN where a time limit can cut it, and between `every` steps.
+
+    It can where `gamma^(limit - step) > TAIL`, with the limit of the longest episode that was cut. Whether it did must
+    not matter: late steps whose episode ended in time are a choice of the lucky or of the unlucky.
+    """
+    length, cut = np.asarray(episodes.length), ~np.asarray(episodes.terminated, dtype=bool)
+    step = np.arange(episodes.steps) - np.repeat(episodes.start, length)
+    known = gamma ** np.maximum(length[cut].max() - step, 0.0) <= TAIL if cut.any() else np.ones(len(step), dtype=bool)
+    return np.where(known & (step % every == 0), returns_to_go(episodes, gamma), np.nan)
 
 
 class Critics:
@@ -173,8 +198,11 @@ class Critics:
             )
 
     @torch.no_grad()
-    def statistics(self, batch: Batch, chunk: torch.Tensor) -> dict[str, float]:
-        """Describe the values of an encoded batch's chunks and of the policy's own `(B, Tp, Da)`."""
+    def statistics(self, batch: Batch, chunk: torch.Tensor) -> dict[str, float | torch.Tensor]:
+        """Describe the values of an encoded batch's chunks and of the policy's own `(B, Tp, Da)`.
+
+        Numbers, and the advantages `(B,)` of the data's chunks.
+        """
         cond = self.cond(batch.obs)
         own, data = self.target(cond, chunk), self.target.value(cond, batch.action)
         advantage = data - self.target.aggregate(own)
@@ -184,7 +212,30 @@ class Critics:
             "q_policy": float(self.target.aggregate(own).mean()),
             "q_spread": float(own.std(0, correction=0).mean()),
             **{f"advantage/{name}": value for name, value in zip(("05", "50", "95"), quantiles, strict=True)},
+            "advantage": advantage,
         }
+
+    @torch.no_grad()
+    def overestimation(self, windows: Windows, returns: torch.Tensor, normalizer: Normalizer) -> dict[str, float]:
+        """Compare the values of recorded chunks with the returns that followed.
+
+        Args:
+            windows: of the episodes.
+            returns: that followed each window, NaN where it is not known, `(len(windows),)`.
+            normalizer: of the batches.
+
+        Returns:
+            `overestimation` and `monte_carlo`; nothing where no return is known.
+        """
+        known = (~returns.isnan()).nonzero().squeeze(-1)
+        index = known[torch.linspace(0, len(known) - 1, min(len(known), LOOKED_AT)).round().long()]
+        batch = normalizer.encode(windows.gather(index).to(self.magnitude.device))
+        whole = whole_chunks(batch, self.spec, self.config.gamma) > 0
+        if not whole.any():
+            return {}
+        value = self.target.value(self.cond(batch.obs), batch.action)[whole]
+        followed = returns[index].to(value)[whole]
+        return {"overestimation": float((value - followed).mean()), "monte_carlo": float(followed.mean())}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that continuing needs."""

@@ -2,23 +2,30 @@
 
     L = E | F(alpha x + sigma eps, t, cond) - target |^2,   t ~ U(0, 1], stratified,   eps ~ N(0, I),   no padding
 
-What acts is the average of the weights.
+What acts is the average of the weights. `Actor` is the part of an agent that also has critics; `Imitation` is a whole
+agent that has none, all but its loss.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
+from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.data.windows import Batch, Obs
+from diffpolicy.data.windows import Batch, Obs, Windows
 from diffpolicy.diffusion.denoiser import NetworkDenoiser
 from diffpolicy.diffusion.sampler import Sample
+from diffpolicy.errors import SpecError
 from diffpolicy.nets.ema import Ema
-from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, make_planner
+from diffpolicy.nets.prefixed import Prefixed
+from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, make_planner, why_not
+from diffpolicy.policy import Policy
 
 T_MIN = 0.005
 
@@ -36,14 +43,29 @@ class Imitator(nn.Module):
         return self.denoiser.loss(batch.action, t, eps, self.encoder(batch.obs))
 
     def loss(self, batch: Batch, generator: torch.Generator, bf16: bool = False) -> torch.Tensor:
-        """Return the loss of an encoded batch at random times, averaged over its real actions."""
-        x = batch.action
+        """Return the loss of an encoded batch at random times, averaged over its real actions.
+
+        A network that continues chunks sees the first of them clean, at time 0, and those do not count.
+        """
+        x, valid, network = batch.action, batch.valid, self.denoiser.network
         t = stratified_times(len(x), generator, x.device)
         eps = torch.randn(x.shape, generator=generator, device=x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16 and x.device.type == "cuda"):
+        if isinstance(network, Prefixed):
+            clean = network.prefixes(len(x), x.shape[1], generator, x.device)
+            t, valid = torch.where(clean, 0.0, t.unsqueeze(-1)), valid & ~clean
+        with autocast(x.device, bf16):
             error = self(batch, t, eps)
-        valid = batch.valid.unsqueeze(-1)
-        return (error.float() * valid).sum() / (valid.sum() * x.shape[-1])
+        return mean_of_real(error, valid)
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """Return the context that computes in bfloat16 where it is asked for and the device is CUDA."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
+
+
+def mean_of_real(error: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean of an elementwise error `(B, Tp, Da)` over the real actions, `valid (B, Tp)`; 0 where there is none."""
+    return (error.float() * valid.unsqueeze(-1)).sum() / (valid.sum().clamp(min=1) * error.shape[-1])
 
 
 def stratified_times(n: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
@@ -156,3 +178,152 @@ class Actor:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
+
+
+@dataclass(frozen=True)
+class ImitationConfig:
+    """Settings of imitation; the defaults are Chi et al.'s for Push-T from states, with gradient clipping."""
+
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    learning_rate: float = 1e-4
+    """Peak rate of AdamW."""
+    betas: tuple[float, float] = (0.95, 0.999)
+    """Moments of AdamW."""
+    weight_decay: float = 1e-6
+    """Decoupled weight decay."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up, then a cosine to zero."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema_power: float = 0.75
+    """Decay of the averaged weights is 1 - (1 + n)^-power."""
+    bf16: bool = True
+    """Autocast to bfloat16 on CUDA; float32 elsewhere."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+
+
+C = TypeVar("C", bound=ImitationConfig)
+
+
+class Imitation(ABC, Generic[C]):
+    """Trains a denoiser on encoded batches; `policy()` is the averaged one.
+
+    Args:
+        spec: sizes.
+        normalizer: fitted.
+        config: settings.
+        steps: length of the run, for the learning rate.
+        device: where to train.
+        seed: of weights, times and noise.
+
+    Raises:
+        SpecError: if the sampler is none that this agent trains for.
+    """
+
+    trained: ClassVar[SamplerConfig] = SamplerConfig()
+    """A sampler that the network is trained for."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        normalizer: Normalizer,
+        config: C,
+        steps: int,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> None:
+        if reason := why_not(config.sampler, self.trained, config.denoiser.prediction):
+            raise SpecError(reason)
+        self.spec, self.config, self.steps, self.seed = spec, config, steps, seed
+        self.device = torch.device(device)
+        self.normalizer = normalizer.to(self.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = self.make_model().to(self.device)
+        self.ema = Ema(self.model, config.ema_power)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.step = 0
+        if config.compile:
+            self.model.denoiser.network.compile()
+        self.policy()  # an impossible sampler or guidance is refused now, not after the first thousand steps
+
+    def make_model(self) -> Imitator:
+        """Return what is trained, before its first step: fresh weights."""
+        encoder = make_encoder(self.config.denoiser, self.spec, self.normalizer)
+        return Imitator(encoder, make_denoiser(self.config.denoiser, self.spec, self.normalizer))
+
+    @abstractmethod
+    def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """Return the loss of one encoded batch, averaged over the real actions."""
+
+    def windows(
+        self, episodes: Episodes, device: str | torch.device = "cpu", only: np.ndarray | None = None
+    ) -> Windows:
+        """Return what this agent learns from: every step of the episodes chosen."""
+        return Windows(episodes, self.spec, device=device, only=only)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine to zero at `steps`."""
+        return warmup_cosine(step, self.steps, self.config.learning_rate, self.config.warmup_steps)
+
+    def update(self, batch: Batch) -> dict[str, torch.Tensor | float]:
+        """Take one optimizer step on an encoded batch; `loss`, `grad_norm` and `learning_rate`, still on the device."""
+        rate = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.loss(self.model, batch, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.ema.update(self.model)
+        self.step += 1
+        return {"loss": loss.detach(), "grad_norm": norm, "learning_rate": rate}
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Batch, seed: int = 0) -> float:
+        """Return the averaged weights' loss on an encoded batch, with times and noise from `seed`."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return float(self.loss(self.ema.module, batch, generator))
+
+    def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float]:
+        """Return nothing: there are no critics to describe."""
+        return {}
+
+    def hindsight(self, played: Episodes, data: Episodes, every: int) -> dict[str, float]:
+        """Return nothing: there are no values to compare with what followed."""
+        return {}
+
+    def policy(self) -> Policy:
+        """Return the policy of the averaged weights as they stand; it shares them with the agent."""
+        averaged, config = self.ema.module, self.config
+        return Policy(
+            self.spec, self.normalizer, averaged.encoder, averaged.denoiser, config.denoiser, config.sampler, self.seed
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that continuing needs."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        self.step = state["step"]

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -16,14 +16,16 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion import denoiser as predictions
 from diffpolicy.diffusion.denoiser import Denoiser, NetworkDenoiser, Prediction
 from diffpolicy.diffusion.guidance import Clipped
-from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Sample, Sampler
+from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Mip, Sample, Sampler
 from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
 from diffpolicy.diffusion.selection import BestOf
 from diffpolicy.errors import SpecError
 from diffpolicy.nets import critic as critics
-from diffpolicy.nets.critic import Aggregate, Critic, Ensemble, Value
-from diffpolicy.nets.encoder import EmbeddingEncoder, FlattenEncoder
+from diffpolicy.nets.critic import Aggregate, Critic, Ensemble, NoisedValue, Value
+from diffpolicy.nets.encoder import EmbeddingEncoder, FlattenEncoder, ToldEncoder
 from diffpolicy.nets.mlp import Mlp
+from diffpolicy.nets.network import Network
+from diffpolicy.nets.prefixed import Prefixed
 from diffpolicy.nets.unet1d import UNet1d
 
 SCHEDULES: dict[str, Schedule] = {"linear": Linear(), "cosine": Cosine(), "flow": Flow()}
@@ -41,7 +43,13 @@ SAMPLERS: dict[str, Callable[[float], Sampler]] = {
     "euler": lambda eta: Ddim(0.0),
     "heun": lambda eta: Heun(),
     "dpm++2m": lambda eta: DpmPP2M(),
+    "mip": lambda eta: Mip(),
+    "one_step": lambda eta: Ddim(0.0),
 }
+
+# What a network was trained for: any sampler that asks for E[x | x_t], or one alone. The sampler that is saved with a
+# policy says which; `why_not` keeps to it.
+MOST_STEPS = {"mip": 2, "one_step": 1}
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -88,18 +96,24 @@ class DenoiserConfig:
     """What the network is trained to predict."""
     clip: float | None = 1.0
     """Sampling clips the clean estimate to plus or minus this, on the unit scale; None for no clipping."""
+    max_delay: int = 0
+    """Longest delay, in actions, for which the network learns to continue a chunk being executed; 0 for none."""
+    told_embed_dim: int = 0
+    """Size of the embedding of what the policy is told to reach, where an agent tells it; 0 for none."""
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """How a chunk is sampled; any trained policy runs under any of them."""
 
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++2m"] = "ddim"
-    """Rule of one step."""
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++2m", "mip", "one_step"] = "ddim"
+    """Rule of one step; mip and one_step are for networks that were trained for them, and for no others."""
     steps: int = 10
     """Steps from noise to data."""
     eta: float = 0.0
     """Ddim only: 0 is deterministic, 1 is DDPM."""
+    temperature: float = 1.0
+    """Factor of every draw of noise: below 1 chunks spread less."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +148,7 @@ class SelectionConfig:
 class Selection:
     """A trained critic, what it was made from, and how it chooses."""
 
-    critic: Critic
+    critic: Critic | NoisedValue
     critic_config: CriticConfig
     config: SelectionConfig
 
@@ -155,14 +169,18 @@ def make_encoder(config: DenoiserConfig, spec: Spec, normalizer: Normalizer) -> 
     """Return a fresh encoder of the observation history.
 
     Raises:
-        SpecError: if the size of the embedding is negative.
+        SpecError: if the size of an embedding is negative.
     """
     names = tuple(spec.obs_shapes)
-    if config.obs_embed_dim < 0:
-        raise SpecError(f"obs_embed_dim is {config.obs_embed_dim}; give a size, or 0 for no embedding")
-    if config.obs_embed_dim == 0:
-        return FlattenEncoder(names)
-    return EmbeddingEncoder(names, _flat_dim(spec, normalizer), config.obs_embed_dim)
+    if min(config.obs_embed_dim, config.told_embed_dim) < 0:
+        raise SpecError(
+            f"obs_embed_dim is {config.obs_embed_dim} and told_embed_dim {config.told_embed_dim}; give sizes, or 0 for "
+            "no embedding"
+        )
+    encoder = FlattenEncoder(names)
+    if config.obs_embed_dim:
+        encoder = EmbeddingEncoder(names, _flat_dim(spec, normalizer), config.obs_embed_dim)
+    return encoder if config.told_embed_dim == 0 else ToldEncoder(encoder, config.told_embed_dim)
 
 
 def _flat_dim(spec: Spec, normalizer: Normalizer) -> int:
@@ -175,9 +193,9 @@ def make_denoiser(config: DenoiserConfig, spec: Spec, normalizer: Normalizer) ->
     Raises:
         SpecError: if a name is unknown or the network cannot have these sizes.
     """
-    cond_dim = _flat_dim(spec, normalizer) + config.obs_embed_dim
+    cond_dim = _flat_dim(spec, normalizer) + config.obs_embed_dim + config.told_embed_dim
     try:
-        network = NETWORKS[config.network](config, spec, cond_dim)
+        network = _network(config, spec, cond_dim)
         return NetworkDenoiser(network, SCHEDULES[config.schedule], PREDICTIONS[config.prediction])
     except KeyError as error:
         raise SpecError(
@@ -187,19 +205,58 @@ def make_denoiser(config: DenoiserConfig, spec: Spec, normalizer: Normalizer) ->
         raise SpecError(str(error)) from error
 
 
+def _network(config: DenoiserConfig, spec: Spec, cond_dim: int) -> Network:
+    """Return the network, one that can continue a chunk where the configuration says for how long a delay."""
+    if config.max_delay == 0:
+        return NETWORKS[config.network](config, spec, cond_dim)
+    longest = spec.n_obs_steps - 1 + config.max_delay
+    if config.max_delay < 0 or longest >= spec.horizon:
+        raise SpecError(
+            f"max_delay is {config.max_delay}; give at least 0 and at most horizon {spec.horizon} - n_obs_steps "
+            f"{spec.n_obs_steps} = {spec.horizon - spec.n_obs_steps}"
+        )
+    marked = replace(spec, action_dim=spec.action_dim + 1)
+    return Prefixed(NETWORKS[config.network](config, marked, cond_dim), longest)
+
+
 def make_planner(denoiser: Denoiser, clip: float | None, config: SamplerConfig, repeats: int = 1) -> Sample:
     """Return the planner that samples from `denoiser`, clipped; each step is taken `repeats` times.
 
     Raises:
-        SpecError: if the sampler is unknown or has no steps.
+        SpecError: if the sampler is unknown or has no steps, or its temperature is negative.
     """
     if config.sampler not in SAMPLERS or config.steps < 1:
         raise SpecError(
             f"got sampler {config.sampler!r} with {config.steps} steps; wanted one of {', '.join(SAMPLERS)} "
             "with at least 1 step"
         )
+    if not config.temperature >= 0:
+        raise SpecError(f"got a temperature of {config.temperature}; wanted at least 0")
     clipped = denoiser if clip is None else Clipped(denoiser, clip)
-    return Sample(clipped, SAMPLERS[config.sampler](config.eta), config.steps, repeats)
+    return Sample(clipped, SAMPLERS[config.sampler](config.eta), config.steps, repeats, config.temperature)
+
+
+def why_not(wanted: SamplerConfig, trained: SamplerConfig, prediction: str) -> str:
+    """Say in one sentence why a network cannot be sampled as `wanted`, or nothing where it can.
+
+    Args:
+        wanted: how to sample.
+        trained: a sampler that the network was trained for.
+        prediction: what it predicts.
+    """
+    most = MOST_STEPS.get(wanted.sampler)
+    if wanted.sampler != trained.sampler and (most is not None or trained.sampler in MOST_STEPS):
+        others = [name for name in SAMPLERS if name not in MOST_STEPS]
+        able = trained.sampler if trained.sampler in MOST_STEPS else ", ".join(others)
+        return f"the network was not trained for the sampler {wanted.sampler!r}; choose from {able}"
+    if most is not None and wanted.steps > most:
+        return f"the sampler {wanted.sampler!r} takes at most {most} step{'s' * (most > 1)}, not {wanted.steps}"
+    if wanted.steps == 1 and prediction == "epsilon":
+        return (
+            "one step of a network that predicts the noise divides by alpha, almost 0 there, and no task was ever "
+            "solved so; take 2 steps or more, or train a student of one step with --agent distill"
+        )
+    return ""
 
 
 def make_selector(planner: Sample, selection: Selection | None) -> Sample | BestOf:
@@ -226,9 +283,7 @@ def make_critic(config: CriticConfig, spec: Spec, normalizer: Normalizer) -> Cri
     """
     obs_dim = _flat_dim(spec, normalizer)
     body = _ensemble(config, obs_dim + spec.n_action_steps * spec.action_dim, config.members)
-    if config.aggregate not in AGGREGATES:
-        raise SpecError(f"there is no aggregate {config.aggregate!r}; wanted one of {', '.join(AGGREGATES)}")
-    return Critic(body, obs_dim, spec.executed, AGGREGATES[config.aggregate](config.rho))
+    return Critic(body, obs_dim, spec.executed, _aggregate(config))
 
 
 def make_value(config: CriticConfig, spec: Spec, normalizer: Normalizer) -> Value:
@@ -241,6 +296,25 @@ def make_value(config: CriticConfig, spec: Spec, normalizer: Normalizer) -> Valu
     return Value(_ensemble(config, obs_dim, 1), obs_dim)
 
 
+def make_noised_value(
+    config: CriticConfig, denoiser: DenoiserConfig, spec: Spec, normalizer: Normalizer
+) -> NoisedValue:
+    """Return a fresh value of chunks noised by the denoiser's schedule, of the critics' shape.
+
+    Raises:
+        SpecError: if a name is unknown or a size below 1.
+    """
+    obs_dim, time_dim = _flat_dim(spec, normalizer), denoiser.step_embed_dim
+    body = _ensemble(config, obs_dim + time_dim + spec.horizon * spec.action_dim, config.members)
+    return NoisedValue(body, obs_dim, time_dim, SCHEDULES[denoiser.schedule], _aggregate(config))
+
+
+def _aggregate(config: CriticConfig) -> Aggregate:
+    if config.aggregate not in AGGREGATES:
+        raise SpecError(f"there is no aggregate {config.aggregate!r}; wanted one of {', '.join(AGGREGATES)}")
+    return AGGREGATES[config.aggregate](config.rho)
+
+
 def _ensemble(config: CriticConfig, in_dim: int, members: int) -> Ensemble:
     if config.activation not in ACTIVATIONS or members < 1 or min(config.hidden, default=1) < 1:
         raise SpecError(
@@ -250,22 +324,31 @@ def _ensemble(config: CriticConfig, in_dim: int, members: int) -> Ensemble:
     return Ensemble(in_dim, config.hidden, members, ACTIVATIONS[config.activation], config.layer_norm)
 
 
+def reward_transform(config: RewardConfig, episodes: Episodes) -> tuple[float, float]:
+    """Return `(scale, shift)` of what critics see of the rewards of these episodes.
+
+    Raises:
+        DatasetError: if the kind needs rewards that differ and they do not.
+    """
+    scale, shift = REWARDS[config.kind](episodes)
+    return config.scale * scale, config.scale * shift + config.shift
+
+
 def make_rewards(config: RewardConfig, episodes: Episodes) -> Episodes:
     """Return the episodes with their rewards as critics see them.
 
     Raises:
         DatasetError: if the kind needs rewards that differ and they do not.
     """
-    scale, shift = REWARDS[config.kind](episodes)
-    return rewards.transformed(episodes, config.scale * scale, config.scale * shift + config.shift)
+    return rewards.transformed(episodes, *reward_transform(config, episodes))
 
 
-def _unet1d(config: DenoiserConfig, spec: Spec, cond_dim: int) -> nn.Module:
+def _unet1d(config: DenoiserConfig, spec: Spec, cond_dim: int) -> Network:
     return UNet1d(spec.action_dim, cond_dim, config.down_dims, config.kernel_size, config.groups, config.step_embed_dim)
 
 
-def _mlp(config: DenoiserConfig, spec: Spec, cond_dim: int) -> nn.Module:
+def _mlp(config: DenoiserConfig, spec: Spec, cond_dim: int) -> Network:
     return Mlp(spec.action_dim, spec.horizon, cond_dim, config.hidden_dim, config.depth, config.step_embed_dim)
 
 
-NETWORKS: dict[str, Callable[[DenoiserConfig, Spec, int], nn.Module]] = {"unet1d": _unet1d, "mlp": _mlp}
+NETWORKS: dict[str, Callable[[DenoiserConfig, Spec, int], Network]] = {"unet1d": _unet1d, "mlp": _mlp}

@@ -24,14 +24,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffpolicy import guides
 from diffpolicy.data.files import write_atomically
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.denoiser import NetworkDenoiser
+from diffpolicy.diffusion.denoiser import Denoiser, NetworkDenoiser
 from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.diffusion.sampler import Sample
 from diffpolicy.diffusion.selection import BestOf
 from diffpolicy.errors import PolicyError
+from diffpolicy.guides import Guidance, ValueGuidance
 from diffpolicy.parts import (
     CriticConfig,
     DenoiserConfig,
@@ -41,15 +43,17 @@ from diffpolicy.parts import (
     make_critic,
     make_denoiser,
     make_encoder,
+    make_noised_value,
     make_planner,
     make_selector,
+    why_not,
 )
 
-FORMAT = 3  # 2: `obs_embed_dim`; 3: `selection`
+FORMAT = 4  # 2: `obs_embed_dim`; 3: `selection`; 4: `guidance`, `told_embed_dim`, `max_delay`, `temperature`
 BOX_NAME = "obs"
 
 Obs = Mapping[str, np.ndarray] | np.ndarray
-Plan = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+Plan = Callable[[Mapping[str, torch.Tensor], torch.Tensor, Prefix | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Policy(nn.Module):
         sampler_config: how to sample.
         seed: seed of the noise of `predict`.
         selection: the critic that chooses among several samples; None for a policy that samples once.
+        guidance: what bends the samples; None for a policy that samples as it was trained.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Policy(nn.Module):
         sampler_config: SamplerConfig,
         seed: int = 0,
         selection: Selection | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -99,10 +105,14 @@ class Policy(nn.Module):
         self.denoiser = denoiser
         self.denoiser_config = denoiser_config
         self.sampler_config = sampler_config
+        if reason := why_not(sampler_config, sampler_config, denoiser_config.prediction):
+            raise PolicyError(reason)
         self.seed = seed
         self.selection = selection
         self.critic = None if selection is None else selection.critic
-        self.planner = make_selector(make_planner(denoiser, denoiser_config.clip, sampler_config), selection)
+        self.guidance = guidance
+        self.guided = denoiser if guidance is None else guidance.guide(denoiser, encoder, self.critic)
+        self.planner = self._planner(self.guided)
         self.compiled: Plan | None = None
         self.requires_grad_(False).eval()
 
@@ -112,8 +122,14 @@ class Policy(nn.Module):
         return self.normalizer["action"].scale.device
 
     def with_sampler(self, config: SamplerConfig) -> "Policy":
-        """Return the same policy, weights shared, under another sampler."""
-        return self._with(config, self.selection)
+        """Return the same policy, weights shared, under another sampler.
+
+        Raises:
+            PolicyError: if the network was not trained for it.
+        """
+        if reason := why_not(config, self.sampler_config, self.denoiser_config.prediction):
+            raise PolicyError(reason)
+        return self._with(config, self.selection, self.guidance)
 
     def with_selection(self, config: SelectionConfig) -> "Policy":
         """Return the same policy, weights shared, that chooses in another way; one sample means no choosing.
@@ -123,11 +139,31 @@ class Policy(nn.Module):
         """
         if self.selection is None:
             raise PolicyError("this policy has no critic to choose with; train one, for example with --agent idql")
-        return self._with(self.sampler_config, replace(self.selection, config=config))
+        return self._with(self.sampler_config, replace(self.selection, config=config), self.guidance)
 
-    def _with(self, sampler: SamplerConfig, selection: Selection | None) -> "Policy":
+    def with_guidance(self, weight: float | None = None, goal: float | None = None) -> "Policy":
+        """Return the same policy, weights shared, under a guidance of another weight or goal; what is None stays.
+
+        Args:
+            weight: 0 or more; 0 is imitation of the data, with `cfgrl` the more the more improvement.
+            goal: what the policy is told to reach, such as the return of `decision-diffuser`, 1 for the data's best.
+
+        Raises:
+            PolicyError: if the policy has no guidance.
+            SpecError: if the weight or the goal is impossible.
+        """
+        if self.guidance is None:
+            raise PolicyError("this policy has no guidance to weigh; train one, for example with --agent cfgrl")
+        return self._with(self.sampler_config, self.selection, self.guidance.changed(weight, goal))
+
+    def _with(self, sampler: SamplerConfig, selection: Selection | None, guidance: Guidance | None) -> "Policy":
         parts = (self.spec, self.normalizer, self.encoder, self.denoiser, self.denoiser_config)
-        return Policy(*parts, sampler, self.seed, selection)
+        return Policy(*parts, sampler, self.seed, selection, guidance)
+
+    def _planner(self, denoiser: Denoiser, repeats: int = 1) -> Sample | BestOf:
+        """Return what turns noise into chunks around `denoiser`."""
+        planner = make_planner(denoiser, self.denoiser_config.clip, self.sampler_config, repeats)
+        return make_selector(planner, self.selection)
 
     def with_plan(self, plan: Plan) -> "Policy":
         """Return the same policy, weights shared, that plans through `plan`: the same function, compiled."""
@@ -150,29 +186,28 @@ class Policy(nn.Module):
             Chunks `(B, Tp, Da)` in physical units, on the policy's device.
 
         Raises:
-            PolicyError: if a prefix comes to a compiled plan.
+            PolicyError: from a compiled plan, if a shape or the device is not the policy's.
         """
         if self.compiled is not None:
-            if prefix is not None:
-                raise PolicyError("a compiled plan takes no prefix; join chunks with the policy it was compiled from")
-            return self.compiled(history, noise)
+            return self.compiled(history, noise, prefix)
         cond = self.encoder(self.normalizer.encode_obs(history))
-        planner = self.planner if prefix is None else self._guided(prefix)
+        planner = self.planner if prefix is None else self.joining(self.guided, prefix)
         return self.normalizer.decode_action(planner(cond, noise))
 
-    def _guided(self, prefix: Prefix) -> Sample | BestOf:
-        """Return the planner that knows the prefix; clipped inside, for its Jacobian, and outside, for its result."""
+    def joining(self, denoiser: Denoiser, prefix: Prefix) -> Sample | BestOf:
+        """Return a planner around `denoiser`, of the policy's sampler and selection, that knows the prefix.
+
+        Clipped inside, for its Jacobian, and outside, for its result.
+        """
         n, clip = 1 if self.selection is None else self.selection.config.samples, self.denoiser_config.clip
         known = self.normalizer["action"].encode(prefix.chunk).repeat(n, 1, 1)
         weights = prefix.weights.expand(prefix.chunk.shape[:2]).repeat(n, 1)
-        free = make_planner(self.denoiser, clip, self.sampler_config).denoiser
-        planner = make_planner(prefix.guide(free, known, weights), clip, self.sampler_config, prefix.repeats)
-        return make_selector(planner, self.selection)
+        free = make_planner(denoiser, clip, self.sampler_config).denoiser
+        return self._planner(prefix.guide(free, known, weights), prefix.repeats)
 
     def draws(self, repeats: int = 1) -> int:
         """Return how many noise tensors a plan needs, with each step of the sampler taken `repeats` times."""
-        planner = make_planner(self.denoiser, self.denoiser_config.clip, self.sampler_config, repeats)
-        return make_selector(planner, self.selection).draws
+        return self._planner(self.guided, repeats).draws
 
     def predict(
         self,
@@ -195,18 +230,53 @@ class Policy(nn.Module):
         Raises:
             PolicyError: if a name is missing, a shape differs from the policy's, or a number is not finite.
         """
+        state, batched = self.observe(obs, state, episode_start)
+        due = self.due(state)
+        if len(due):
+            history, noise = self.wanted(state, due, deterministic)
+            on_device = {name: torch.from_numpy(array).to(self.device) for name, array in history.items()}
+            chunk = self.plan(on_device, torch.from_numpy(noise).to(self.device))
+            state = self.planned(state, due, chunk.cpu().numpy())
+        action, state = self.act(state)
+        return (action if batched else action[0]), state
+
+    # --- the parts of `predict`, for those who plan elsewhere or together with others ---
+
+    def observe(
+        self, obs: Obs, state: PolicyState | None = None, episode_start: np.ndarray | None = None
+    ) -> tuple[PolicyState, bool]:
+        """Append an observation to the history; also return whether it came as a batch. As `predict`."""
         named, batched = name_observations(self.spec, obs)
         n = len(next(iter(named.values())))
         start = np.ones(n, dtype=bool) if state is None or episode_start is None else np.atleast_1d(episode_start)
         if state is not None and episode_start is None:
             start = np.zeros(n, dtype=bool)
-        state = self._observe(named, state or self._blank_state(n), start.astype(bool))
-        due = np.flatnonzero(state.cursor >= self.spec.n_action_steps)
-        if len(due):
-            state = self._replan(state, due, deterministic)
-        action = state.chunk[np.arange(n), state.cursor]
-        state = replace(state, cursor=state.cursor + 1)
-        return (action if batched else action[0]), state
+        return self._observe(named, state or self._blank_state(n), start.astype(bool)), batched
+
+    def due(self, state: PolicyState) -> np.ndarray:
+        """Return the numbers of the environments whose chunk is used up."""
+        return np.flatnonzero(state.cursor >= self.spec.n_action_steps)
+
+    def wanted(
+        self, state: PolicyState, due: np.ndarray, deterministic: bool = True, seed: int | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return the arguments of `plan` for the environments `due`; `seed` in place of the policy's own."""
+        episode = due + state.episode[due] * len(state.cursor)
+        noise = self._noise(self.seed if seed is None else seed, episode, state.plan[due], deterministic)
+        return {name: array[due] for name, array in state.history.items()}, noise
+
+    def planned(self, state: PolicyState, due: np.ndarray, chunk: np.ndarray) -> PolicyState:
+        """Return the state in which the environments `due` begin their chunks `(len(due), Tp, Da)`."""
+        executed, cursor, plan = state.chunk.copy(), state.cursor.copy(), state.plan.copy()
+        executed[due] = chunk[:, self.spec.executed]
+        cursor[due] = 0
+        plan[due] += 1
+        return replace(state, chunk=executed, cursor=cursor, plan=plan)
+
+    def act(self, state: PolicyState) -> tuple[np.ndarray, PolicyState]:
+        """Return the next action of each environment, `(N, Da)`, and the state after it."""
+        action = state.chunk[np.arange(len(state.cursor)), state.cursor]
+        return action, replace(state, cursor=state.cursor + 1)
 
     def _blank_state(self, n: int) -> PolicyState:
         spec = self.spec
@@ -233,23 +303,10 @@ class Policy(nn.Module):
             plan=np.where(start, 0, state.plan),
         )
 
-    def _replan(self, state: PolicyState, due: np.ndarray, deterministic: bool) -> PolicyState:
-        """Plan for the environments `due`, as one batch: one transfer to the device, one back."""
-        episode = due + state.episode[due] * len(state.cursor)
-        noise = self._noise(episode, state.plan[due], deterministic)
-        history = {name: torch.from_numpy(array[due]).to(self.device) for name, array in state.history.items()}
-        chunk = self.plan(history, torch.from_numpy(noise).to(self.device))
-        executed = state.chunk.copy()
-        executed[due] = chunk[:, self.spec.executed].cpu().numpy()
-        cursor, plan = state.cursor.copy(), state.plan.copy()
-        cursor[due] = 0
-        plan[due] += 1
-        return replace(state, chunk=executed, cursor=cursor, plan=plan)
-
-    def _noise(self, episode: np.ndarray, plan: np.ndarray, deterministic: bool) -> np.ndarray:
+    def _noise(self, seed: int, episode: np.ndarray, plan: np.ndarray, deterministic: bool) -> np.ndarray:
         shape = (self.planner.draws, self.spec.horizon, self.spec.action_dim)
         streams = (
-            np.random.default_rng([self.seed, int(e), int(p)] if deterministic else None)
+            np.random.default_rng([seed, int(e), int(p)] if deterministic else None)
             for e, p in zip(episode, plan, strict=True)
         )
         return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams], axis=1)
@@ -280,6 +337,12 @@ class Policy(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{part}.{k}": v for part in self._parts for k, v in getattr(self, part).state_dict().items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(folder / "policy.safetensors", lambda path: save_file(tensors, path))
+        self.save_description(folder)
+        return folder
+
+    def save_description(self, folder: Path, **notes: Any) -> None:
+        """Write `policy.json` alone, atomically, beside weights that are there; notes are for who reads it."""
         description = {
             "format": FORMAT,
             "spec": self.spec.to_json(),
@@ -288,10 +351,10 @@ class Policy(nn.Module):
             "sampler": asdict(self.sampler_config),
             "seed": self.seed,
             "selection": None if self.selection is None else _described(self.selection),
+            "guidance": guides.describe(self.guidance),
+            **notes,
         }
-        write_atomically(folder / "policy.safetensors", lambda path: save_file(tensors, path))
         write_atomically(folder / "policy.json", lambda path: path.write_text(json.dumps(description, indent=1)))
-        return folder
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Policy":
@@ -309,9 +372,11 @@ class Policy(nn.Module):
             sampler_config = SamplerConfig(**description["sampler"])
             denoiser = make_denoiser(denoiser_config, spec, normalizer)
             encoder = make_encoder(denoiser_config, spec, normalizer)
-            selection = _selection(description.get("selection"), spec, normalizer)
-            seed = description["seed"]
-            policy = cls(spec, normalizer, encoder, denoiser, denoiser_config, sampler_config, seed, selection)
+            guidance = guides.read(description.get("guidance"))
+            noised = denoiser_config if isinstance(guidance, ValueGuidance) else None
+            selection = _selection(description.get("selection"), noised, spec, normalizer)
+            parts = (spec, normalizer, encoder, denoiser, denoiser_config, sampler_config)
+            policy = cls(*parts, description["seed"], selection, guidance)
         except (KeyError, TypeError, AttributeError) as error:
             raise PolicyError(
                 f"{folder / 'policy.json'} does not describe a policy ({error!r}); save it again"
@@ -375,13 +440,15 @@ def _described(selection: Selection) -> dict[str, Any]:
     return {"critic": asdict(selection.critic_config), **asdict(selection.config)}
 
 
-def _selection(values: Mapping[str, Any] | None, spec: Spec, normalizer: Normalizer) -> Selection | None:
-    """Inverse of `_described`, with fresh weights; None where nothing was saved."""
+def _selection(
+    values: Mapping[str, Any] | None, noised: DenoiserConfig | None, spec: Spec, normalizer: Normalizer
+) -> Selection | None:
+    """Inverse of `_described`, with fresh weights; None where nothing was saved. `noised`: whose chunks it values."""
     if values is None:
         return None
-    critic_config = CriticConfig(**_tuples(values["critic"]))
-    config = SelectionConfig(values["samples"], values["temperature"])
-    return Selection(make_critic(critic_config, spec, normalizer), critic_config, config)
+    made = CriticConfig(**_tuples(values["critic"]))
+    critic = make_noised_value(made, noised, spec, normalizer) if noised else make_critic(made, spec, normalizer)
+    return Selection(critic, made, SelectionConfig(values["samples"], values["temperature"]))
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -5,30 +5,68 @@ and a preset that is known to work. Only this module and the command line import
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import gymnasium
 import torch
 
 from diffpolicy.agents.bc import Bc, BcConfig
+from diffpolicy.agents.cfgrl import Cfgrl, CfgrlConfig
+from diffpolicy.agents.decision_diffuser import DecisionDiffuser, DecisionDiffuserConfig
+from diffpolicy.agents.diffuser import Diffuser, DiffuserConfig
+from diffpolicy.agents.distill import Distill, DistillConfig
 from diffpolicy.agents.dql import Dql, DqlConfig
 from diffpolicy.agents.edp import Edp, EdpConfig
 from diffpolicy.agents.fql import Fql, FqlConfig
 from diffpolicy.agents.idql import Idql, IdqlConfig
+from diffpolicy.agents.mip import Mip, MipConfig
 from diffpolicy.agents.qc import Qc, QcConfig
+from diffpolicy.control.strategies import Bidirectional, Ensemble, RealTime, Strategy, Switch, Synchronous
+from diffpolicy.critics import TdConfig
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Kinds, Normalizer
 from diffpolicy.data.scores import Reference
 from diffpolicy.data.spec import Spec
+from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained
+from diffpolicy.diffusion.prefix import exponential, hard, linear
 from diffpolicy.errors import SpecError
-from diffpolicy.parts import DenoiserConfig
+from diffpolicy.imitation import ActorConfig, ImitationConfig
+from diffpolicy.parts import CriticConfig, DenoiserConfig, RewardConfig, SamplerConfig, SelectionConfig
 from diffpolicy.rollout import Actor, make_env, make_envs
 from diffpolicy.train import Agent, TrainConfig
 from diffpolicy_envs import ActionNoise, DetourExpert, FetchPickAndPlaceExpert, FetchReachExpert, PointMazeExpert
 
 TINY = DenoiserConfig(down_dims=(32, 64, 128), kernel_size=3, step_embed_dim=64)
 SMALL = DenoiserConfig(down_dims=(64, 128, 256), kernel_size=3, step_embed_dim=128)
+REACH = BcConfig(replace(TINY, obs_embed_dim=64), learning_rate=1e-3, warmup_steps=200)
+
+# Locomotion, sized for one CPU core: the same small actor, sampled in 5 steps, and the same critics for all agents.
+MLP = DenoiserConfig("mlp", hidden_dim=128, depth=3, step_embed_dim=32, prediction="v_prediction")
+TOLD = replace(MLP, told_embed_dim=32)
+FIVE = SamplerConfig("ddpm", 5)
+TRAINING: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "warmup_steps": 0}
+CRITICS: dict[str, Any] = {
+    "denoiser": MLP,
+    "sampler": FIVE,
+    "actor": ActorConfig(learning_rate=1e-3),
+    "critic": CriticConfig((256, 256)),
+    "td": TdConfig(polyak=0.01, learning_rate=1e-3, rewards=RewardConfig("return_range", scale=0.1)),
+    "selection": SelectionConfig(samples=32),
+}
+ONE = SelectionConfig()
+LOCOMOTION: dict[str, Any] = {
+    "bc": BcConfig(MLP, FIVE, **TRAINING),
+    "idql": IdqlConfig(**CRITICS),
+    "dql": DqlConfig(**CRITICS),
+    "edp": EdpConfig(**CRITICS),
+    "qc": QcConfig(**CRITICS, backup_samples=4),
+    "fql": FqlConfig(**{**CRITICS, "sampler": SamplerConfig("ddim", 5), "selection": ONE}),
+    "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "selection": ONE}),
+    "diffuser": DiffuserConfig(MLP, FIVE, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32)),
+    "decision-diffuser": DecisionDiffuserConfig(TOLD, replace(FIVE, temperature=0.5), **TRAINING),
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +95,8 @@ class Task:
         reference: of the score: D4RL's name, or the reference itself.
         preset: settings.
         expert: from an environment of this task, who demonstrates it; None where nobody can.
-        noise: standard deviation and correlation of the noise on the executed action of demonstrations.
+        noise: standard deviation and correlation of the noise on the executed action of demonstrations. Corrections of
+            correlated noise are part of what is imitated, and in a chunk, where nothing answers them, they add up.
     """
 
     env_id: str
@@ -84,21 +123,21 @@ def _maze(env_id: str, denoiser: DenoiserConfig, steps: int, speed: float) -> Ta
     )
 
 
-def _fetch(env_id: str, denoiser: DenoiserConfig, steps: int, expert: type[Actor]) -> Task:
-    bc = BcConfig(denoiser=denoiser, learning_rate=4e-4)
+def _fetch(env_id: str, bc: BcConfig, steps: int, expert: type[Actor], noise: tuple[float, float]) -> Task:
     return Task(
         env_id=env_id,
         success="is_success",
         preset=Preset(agents={"bc": bc}, train=TrainConfig(steps=steps)),
         expert=lambda env: expert(),
-        noise=(0.2, 0.8),
+        noise=noise,
     )
 
 
 def _locomotion(name: str) -> Task:
-    bc = BcConfig(denoiser=SMALL, learning_rate=4e-4)
-    preset = Preset(horizon=4, n_obs_steps=1, n_action_steps=1, agents={"bc": bc})
-    return Task(env_id=f"{name}-v4", score="d4rl", reference=f"{name.lower()}-medium-v2", preset=preset)
+    train = TrainConfig(steps=20_000, batch_size=256, validate_every=5000)
+    preset = Preset(horizon=1, n_obs_steps=1, n_action_steps=1, agents=LOCOMOTION, train=train)
+    reference = f"{name.lower()}-medium-v2"
+    return Task(env_id=f"{name}-v4", kinds={"obs": "standard"}, score="d4rl", reference=reference, preset=preset)
 
 
 TASKS: dict[str, Task] = {
@@ -111,19 +150,21 @@ TASKS: dict[str, Task] = {
         score="max_reward",
         preset=Preset(
             agents={"bc": BcConfig(denoiser=replace(SMALL, obs_embed_dim=128), learning_rate=4e-4)},
-            train=TrainConfig(steps=32_000),
+            train=TrainConfig(steps=24_000),
         ),
     ),
     "pointmaze-umaze": _maze("PointMaze_UMaze-v3", TINY, 3000, speed=4.0),
-    "pointmaze-medium": _maze("PointMaze_Medium-v3", SMALL, 12_000, speed=3.0),
+    "pointmaze-medium": _maze("PointMaze_Medium-v3", SMALL, 9_000, speed=3.0),
     "detour": Task(
         env_id="diffpolicy_envs:Detour-v0",
         success="success",
         preset=Preset(agents={"bc": BcConfig(denoiser=TINY, learning_rate=1e-3)}, train=TrainConfig(steps=2000)),
         expert=lambda env: DetourExpert(),
     ),
-    "fetch-reach": _fetch("FetchReach-v4", TINY, 3000, FetchReachExpert),
-    "fetch-pick-and-place": _fetch("FetchPickAndPlace-v4", SMALL, 12_000, FetchPickAndPlaceExpert),
+    "fetch-reach": _fetch("FetchReach-v4", REACH, 3000, FetchReachExpert, noise=(0.2, 0.0)),
+    "fetch-pick-and-place": _fetch(
+        "FetchPickAndPlace-v4", BcConfig(SMALL, learning_rate=4e-4), 12_000, FetchPickAndPlaceExpert, noise=(0.2, 0.8)
+    ),
     "halfcheetah": _locomotion("HalfCheetah"),
     "hopper": _locomotion("Hopper"),
     "walker2d": _locomotion("Walker2d"),
@@ -150,20 +191,67 @@ def prepare(task: Task | None, episodes: Episodes) -> Episodes:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An agent and its settings: `agent(spec, normalizer, config, steps, device, seed)`."""
+    """An agent and its settings: `agent(spec, normalizer, config, steps, device, seed)`.
+
+    `like` makes its settings of those of `bc`, for tasks whose preset does not name it.
+    """
 
     agent: Callable[..., Agent]
     config: type
+    like: Callable[[BcConfig], Any] | None = None
+
+
+def _training_of(bc: BcConfig) -> dict[str, Any]:
+    return {f.name: getattr(bc, f.name) for f in fields(ImitationConfig) if f.name not in ("denoiser", "sampler")}
+
+
+def _mip_like(bc: BcConfig) -> MipConfig:
+    """Return the settings of `bc` with what MIP needs: the same network and training."""
+    return MipConfig(replace(bc.denoiser, schedule="flow", prediction="sample"), **_training_of(bc))
+
+
+def _distill_like(bc: BcConfig) -> DistillConfig:
+    """Return the same training, at 0.4 of the learning rate: a student begins with its teacher's weights."""
+    return replace(DistillConfig(**_training_of(bc)), learning_rate=0.4 * bc.learning_rate)
 
 
 AGENTS: dict[str, Algorithm] = {
     "bc": Algorithm(Bc, BcConfig),
+    "mip": Algorithm(Mip, MipConfig, _mip_like),
+    "distill": Algorithm(Distill, DistillConfig, _distill_like),
     "idql": Algorithm(Idql, IdqlConfig),
     "dql": Algorithm(Dql, DqlConfig),
     "edp": Algorithm(Edp, EdpConfig),
     "qc": Algorithm(Qc, QcConfig),
     "fql": Algorithm(Fql, FqlConfig),
+    "diffuser": Algorithm(Diffuser, DiffuserConfig),
+    "decision-diffuser": Algorithm(DecisionDiffuser, DecisionDiffuserConfig),
+    "cfgrl": Algorithm(Cfgrl, CfgrlConfig),
 }
+
+
+# Names of the ways of joining chunks whose plans come late; `rtc` is real-time chunking (Black et al. 2025).
+STRATEGIES: dict[str, Strategy] = {
+    "synchronous": Synchronous(),
+    "switch": Switch(),
+    "ensemble": Ensemble(),
+    "rtc-hard": RealTime(Pinned, hard),
+    "rtc-soft": RealTime(Pinned, linear),
+    "rtc-guided": RealTime(partial(RealTimeChunk, beta=50.0, variance=Spread(0.1)), exponential),
+    "rtc-trained": RealTime(Trained, hard),
+    "bid": Bidirectional(),
+}
+
+
+def get_strategy(name: str) -> Strategy:
+    """Return a way of joining chunks by its name.
+
+    Raises:
+        SpecError: if there is none of that name.
+    """
+    if name not in STRATEGIES:
+        raise SpecError(f"there is no strategy {name!r}; wanted one of {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
 
 
 def get_algorithm(name: str) -> Algorithm:
@@ -175,6 +263,26 @@ def get_algorithm(name: str) -> Algorithm:
     if name not in AGENTS:
         raise SpecError(f"there is no agent {name!r}; wanted one of {', '.join(AGENTS)}")
     return AGENTS[name]
+
+
+def settings_for(name: str, preset: Preset) -> Any:
+    """Return an agent's settings: the preset's own, else made of its imitation's, else the agent's defaults.
+
+    Raises:
+        SpecError: if there is no agent of that name.
+    """
+    algorithm = get_algorithm(name)
+    if name in preset.agents:
+        return preset.agents[name]
+    if algorithm.like is not None and "bc" in preset.agents:
+        return algorithm.like(preset.agents["bc"])
+    return algorithm.config()
+
+
+def straightened(settings: Any) -> Any:
+    """Return an agent's settings with flow matching: straight lines, the velocity predicted, 10 steps of Euler."""
+    denoiser = replace(settings.denoiser, schedule="flow", prediction="flow")
+    return replace(settings, denoiser=denoiser, sampler=SamplerConfig("euler", 10))
 
 
 def make_agent(

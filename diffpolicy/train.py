@@ -8,15 +8,17 @@
 
 Logged names: `loss` and `validation/loss` (squared error of the prediction, unit scale), `grad_norm` (before
 clipping), `learning_rate`, `samples_per_s`, `validation/action_error` (mean absolute error of sampled actions against
-the data's, unit scale) and `validation/action_error_by_index/k` for the k-th action of the chunk. Those of critics, and
-of actors that climb them, are explained in `critics.py`.
+the data's, unit scale) and `validation/action_error_by_index/k` for the k-th action of the chunk; with
+`--evaluate-every`, `evaluation/return`, `/length` and `/success` of episodes played meanwhile, on seeds that no report
+has: to look at, the last checkpoint is the result. Those of critics, and of actors that climb them, are explained in
+`critics.py`.
 """
 
 import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +39,9 @@ from diffpolicy.errors import DatasetError, PolicyError, TrainingError
 from diffpolicy.policy import Policy
 
 Metrics = dict[str, float]
+Play = Callable[[Policy, int], Episodes]
 VALIDATION_WINDOWS = 512
+VALIDATION_EPISODES = 20
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class TrainConfig:
     """Steps between validations and pictures."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
+    evaluate_every: int = 0
+    """Steps between evaluations in the task's environment; 0 for none."""
+    evaluate_episodes: int = 10
+    """Episodes of each of them."""
     seed: int = 0
     """Of the split, the order of the data, weights and noise."""
     device: str = "auto"
@@ -87,8 +95,12 @@ class Agent(Protocol):
         """Loss of the averaged weights on an encoded batch."""
         ...
 
-    def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float]:
-        """Whatever else describes it on an encoded batch, by name."""
+    def statistics(self, batch: Batch, seed: int = 0) -> Mapping[str, float | torch.Tensor]:
+        """Whatever else describes it on an encoded batch, by name: a number, or many of which a histogram is drawn."""
+        ...
+
+    def hindsight(self, played: Episodes, data: Episodes, every: int) -> dict[str, float]:
+        """Whatever the returns of episodes say about its values, by name; looks at each `every`-th step."""
         ...
 
     def policy(self) -> Policy:
@@ -200,8 +212,8 @@ def residence(episodes: Episodes, device: torch.device) -> torch.device:
 
 
 @torch.no_grad()
-def validate(agent: Agent, windows: Windows) -> tuple[Metrics, tuple[np.ndarray, np.ndarray]]:
-    """Loss and action error on fixed windows with fixed noise; also some sampled and true chunks `(B, Tp, Da)`."""
+def validate(agent: Agent, windows: Windows) -> tuple[Metrics, dict[str, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Numbers on fixed windows with fixed noise, and distributions; also sampled and true chunks `(B, Tp, Da)`."""
     n = min(len(windows), VALIDATION_WINDOWS)
     index = torch.linspace(0, len(windows) - 1, n).round().long()
     batch = windows.gather(index).to(agent.device)
@@ -216,13 +228,33 @@ def validate(agent: Agent, windows: Windows) -> tuple[Metrics, tuple[np.ndarray,
         "validation/loss": agent.validation_loss(encoded),
         "validation/action_error": float(error.sum() / batch.valid.sum()),
         **{f"validation/action_error_by_index/{k:02d}": float(e) for k, e in enumerate(by_index)},
-        **{f"validation/{name}": value for name, value in agent.statistics(encoded).items()},
     }
-    return metrics, (chunk.cpu().numpy(), batch.action.cpu().numpy())
+    distributions = {}
+    for name, value in agent.statistics(encoded).items():
+        if isinstance(value, torch.Tensor):
+            distributions[f"validation/{name}"] = value.cpu().numpy()
+        else:
+            metrics[f"validation/{name}"] = value
+    return metrics, distributions, (chunk.cpu().numpy(), batch.action.cpu().numpy())
+
+
+def evaluate_meanwhile(agent: Agent, played: Episodes, data: Episodes) -> Metrics:
+    """Numbers of episodes that the agent's policy played while it trains."""
+    found = {"return": float(played.returns.mean()), "length": float(np.mean(played.length))}
+    success = next((played.info[name] for name in ("success", "is_success") if name in played.info), None)
+    if success is not None:
+        found["success"] = float((np.maximum.reduceat(success, played.start) > 0).mean())
+    found |= agent.hindsight(played, data, agent.spec.n_action_steps)
+    return {f"evaluation/{name}": value for name, value in found.items()}
 
 
 def train(
-    agent: Agent, episodes: Episodes, config: TrainConfig, run: Path, description: Mapping[str, Any]
+    agent: Agent,
+    episodes: Episodes,
+    config: TrainConfig,
+    run: Path,
+    description: Mapping[str, Any],
+    play: Play | None = None,
 ) -> Iterator[tuple[int, Metrics]]:
     """Train in a run folder; continues from its checkpoint if there is one. Yields what `fit` yields.
 
@@ -232,12 +264,14 @@ def train(
         config: length and bookkeeping.
         run: the run folder, made if absent.
         description: what goes into `config.json`, JSON values.
+        play: `(policy, number of episodes) -> Episodes`, for `evaluate_every`; None where there is no environment.
     """
     run.mkdir(parents=True, exist_ok=True)
     kept, held_out = split(episodes, config.validation_fraction, config.seed)
     device = residence(episodes, agent.device)
     windows = agent.windows(episodes, device, kept)
-    validation = agent.windows(episodes, device, held_out if len(held_out) else kept[:1])
+    held_out = held_out if len(held_out) else kept[:1]
+    validation, recorded = agent.windows(episodes, device, held_out), episodes.select(held_out[:VALIDATION_EPISODES])
     if (run / "checkpoint" / "state.pt").exists():
         restore(agent, run)
     write_atomically(run / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))
@@ -246,9 +280,14 @@ def train(
         for step, metrics in fit(agent, windows, config, run):
             last = step == config.steps
             if last or step % config.validate_every < config.log_every:
-                found, (sampled, true) = validate(agent, validation)
-                metrics |= found
+                found, distributions, (sampled, true) = validate(agent, validation)
+                before = agent.hindsight(recorded, episodes, 1)
+                metrics |= found | {f"validation/{name}": value for name, value in before.items()}
+                for name, values in distributions.items():
+                    board.add_histogram(name, values, step)
                 board.add_figure("validation/chunks", pictures.chunks(sampled, true), step)
+            if play and config.evaluate_every and (last or step % config.evaluate_every < config.log_every):
+                metrics |= evaluate_meanwhile(agent, play(agent.policy(), config.evaluate_episodes), episodes)
             for name, value in metrics.items():
                 board.add_scalar(name, value, step)
             log.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffpolicy.critics import Critics, TdConfig, climbing_loss, expectile_loss, polyak_update, whole_chunks
+from diffpolicy.critics import (
+    Critics,
+    TdConfig,
+    climbing_loss,
+    expectile_loss,
+    known_returns,
+    polyak_update,
+    whole_chunks,
+)
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
@@ -135,6 +143,34 @@ def test_statistics_of_known_values_are_their_means_and_quantiles():
         torch.nn.init.zeros_(parameter)
     critics.target.body[-1].bias.data.copy_(torch.tensor([3.0, 5.0])[:, None, None])
     found = critics.statistics(batch, batch.action)
+    assert found.pop("advantage").tolist() == [0.0] * 8
     assert found == pytest.approx(
         {"q_data": 3, "q_policy": 3, "q_spread": 1, "advantage/05": 0, "advantage/50": 0, "advantage/95": 0}
     )
+
+
+def test_returns_are_known_where_no_time_limit_can_cut_more_than_5_percent_of_what_follows():
+    """Rewards 1 to 4 and a true end, 5 to 8 and a time limit of 4 steps; `0.4^(4 - step)` is at most 0.05 at step 0."""
+    found = known_returns(two_episodes(), 0.4, every=1)
+    expected = [1 + 0.4 * (2 + 0.4 * (3 + 0.4 * 4)), 5 + 0.4 * (6 + 0.4 * (7 + 0.4 * 8))]
+    assert found[[0, 4]].tolist() == pytest.approx(expected)
+    assert np.isnan(np.delete(found, [0, 4])).all()
+    assert np.isnan(known_returns(two_episodes(), 0.9, every=1)).all()
+    uncut = known_returns(two_episodes().select([0]), 0.9, every=2)
+    assert uncut[[0, 2]].tolist() == pytest.approx([1 + 1.8 + 0.81 * 3 + 0.729 * 4, 3 + 3.6])
+    assert np.isnan(uncut[[1, 3]]).all()
+
+
+def test_critics_that_say_7_of_chunks_that_return_2_8_to_6_6_overestimate_by_the_difference():
+    episodes = two_episodes().select([0])
+    spec, _ = batch_of(episodes, chunk=2)
+    critics = critics_for(episodes, spec)
+    for parameter in critics.target.parameters():
+        torch.nn.init.zeros_(parameter)
+    critics.target.body[-1].bias.data.fill_(7.0)
+    windows, normalizer = Windows(episodes, spec, GAMMA, require_next=True), Normalizer.fit(episodes, {"obs": "none"})
+    returns = torch.tensor([2.8, torch.nan, 6.6, torch.nan])
+    assert windows.rows.tolist() == [0, 1, 2, 3]
+    found = critics.overestimation(windows, returns, normalizer)
+    assert found == pytest.approx({"overestimation": 7 - 4.7, "monte_carlo": 4.7})
+    assert critics.overestimation(windows, torch.full((4,), torch.nan), normalizer) == {}

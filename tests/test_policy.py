@@ -12,8 +12,12 @@ import torch
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
+from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk
+from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import PolicyError
+from diffpolicy.guides import ClassifierFreeGuidance, Guidance, ValueGuidance
 from diffpolicy.parts import (
+    MOST_STEPS,
     SAMPLERS,
     CriticConfig,
     DenoiserConfig,
@@ -23,6 +27,7 @@ from diffpolicy.parts import (
     make_critic,
     make_denoiser,
     make_encoder,
+    make_noised_value,
 )
 from diffpolicy.policy import Policy
 
@@ -31,12 +36,18 @@ FORMATS = sorted((Path(__file__).parent / "fixtures").glob("policy_format_*"))
 
 
 def make_policy(
-    device: str = "cpu", sampler: str = "ddim", steps: int = 4, seed: int = 0, choice: SelectionConfig | None = None
+    device: str = "cpu",
+    sampler: str = "ddim",
+    steps: int = 4,
+    seed: int = 0,
+    choice: SelectionConfig | None = None,
+    guidance: Guidance | None = None,
 ) -> Policy:
     """An untrained policy of two named observations, with a critic if it has a choice; its weights are always the same.
 
     `seed` is of its noise.
     """
+    told = 4 if isinstance(guidance, ClassifierFreeGuidance) else 0
     rng = np.random.default_rng(0)
     episode = Episode(
         obs={"pose": rng.normal(size=(31, 3)).astype(np.float32), "goal": rng.normal(size=(31, 2)).astype(np.float32)},
@@ -49,15 +60,22 @@ def make_policy(
     spec = Spec.from_episodes(episodes, horizon=8, n_obs_steps=2, n_action_steps=3)
     normalizer = Normalizer.fit(episodes, {"pose": ("limits", "limits", "angle")})
     config = DenoiserConfig(
-        down_dims=(16, 32), kernel_size=3, step_embed_dim=16, obs_embed_dim=8, prediction="v_prediction"
+        down_dims=(16, 32),
+        kernel_size=3,
+        step_embed_dim=16,
+        obs_embed_dim=8,
+        prediction="v_prediction",
+        told_embed_dim=told,
     )
     torch.manual_seed(0)
     denoiser = make_denoiser(config, spec, normalizer)
     parts = (spec, normalizer, make_encoder(config, spec, normalizer), denoiser)
     critic_config = CriticConfig((16,), members=3, layer_norm=True, aggregate="lower_bound")
     critic = make_critic(critic_config, spec, normalizer)
+    if isinstance(guidance, ValueGuidance):
+        critic = make_noised_value(critic_config, config, spec, normalizer)
     selection = None if choice is None else Selection(critic, critic_config, choice)
-    return Policy(*parts, config, SamplerConfig(sampler, steps), seed, selection).to(device)
+    return Policy(*parts, config, SamplerConfig(sampler, steps), seed, selection, guidance).to(device)
 
 
 def observe(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
@@ -69,7 +87,7 @@ def row(obs: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in MOST_STEPS])
 def test_plan_is_a_function_of_its_arguments_under_every_sampler(device, sampler):
     policy = make_policy(device, sampler)
     rng = np.random.default_rng(1)
@@ -191,6 +209,42 @@ def test_a_saved_policy_of_5_samples_chooses_the_same_one(tmp_path, temperature)
     assert loaded.with_sampler(SamplerConfig("heun", 3)).planner.draws == loaded.planner.draws
 
 
+GUIDANCE = {"told": ClassifierFreeGuidance(2.0, 0.7), "value": ValueGuidance(20.0, 0.3)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
+def test_a_guided_policy_of_3_samples_acts_the_same_after_loading_and_keeps_its_guidance_under_other_choices(
+    tmp_path, guidance, device
+):
+    policy = make_policy(device, choice=SelectionConfig(3), guidance=guidance)
+    obs = observe(np.random.default_rng(8), 5)
+    loaded = Policy.load(policy.save(tmp_path / "p"), device)
+    np.testing.assert_array_equal(policy.predict(obs)[0], loaded.predict(obs)[0])
+    assert loaded.guidance == guidance
+    assert np.abs(loaded.with_guidance(weight=0.0).predict(obs)[0] - policy.predict(obs)[0]).max() > 0.01
+    for other in (loaded.with_sampler(SamplerConfig("heun", 3)), loaded.with_selection(SelectionConfig(1))):
+        assert other.guidance == guidance
+    cold = loaded.with_sampler(SamplerConfig(steps=4, temperature=0.5))
+    assert Policy.load(cold.save(tmp_path / "cold")).sampler_config.temperature == 0.5
+    np.testing.assert_array_equal(
+        loaded.with_guidance(weight=2.5).with_guidance(guidance.weight).predict(obs)[0], policy.predict(obs)[0]
+    )
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
+def test_a_guided_policy_joins_a_prefix(guidance):
+    policy = make_policy(choice=SelectionConfig(1), guidance=guidance)
+    history = {k: torch.zeros(2, 2, d) for k, d in (("pose", 3), ("goal", 2))}
+    noise, known = torch.randn(1, 2, 8, 2, generator=torch.Generator().manual_seed(0)), torch.full((2, 8, 2), 1.5)
+    weights = (torch.arange(8) < 3).float()
+    free = policy.plan(history, noise)
+    pinned = policy.plan(history, noise, Prefix(known, weights, Pinned))
+    approached = policy.plan(history, noise, Prefix(known, weights, RealTimeChunk))
+    assert (pinned[:, :3] - 1.5).abs().max() < 1e-5
+    assert (approached - known)[:, :3].abs().mean() < (free - known)[:, :3].abs().mean()
+
+
 def test_a_policy_without_a_critic_cannot_choose_and_an_impossible_choice_is_refused():
     with pytest.raises(PolicyError, match="no critic to choose with"):
         make_policy().with_selection(SelectionConfig(5))
@@ -239,6 +293,9 @@ DAMAGE = {
     "critic of unknown make": edit(
         selection={"critic": {"activation": "magic"}, "samples": 2, "temperature": 0.0},
     ),
+    "unknown guidance": edit(guidance={"kind": "magic", "weight": 1.0}),
+    "guidance without an encoder for it": edit(guidance={"kind": "classifier_free", "weight": 2.0, "goal": 1.0}),
+    "guidance by a critic of clean chunks": edit(guidance={"kind": "value", "weight": 2.0, "until": 0.1}),
     "other sizes": edit(normalizer={"pose": ["none"] * 3, "goal": ["none"] * 2, "action": ["limits"] * 2}),
 }
 
@@ -257,6 +314,9 @@ DAMAGE = {
         ("unknown sampler", "wanted one of"),
         ("critic without weights", "does not fit"),
         ("critic of unknown make", "'magic'; wanted at least"),
+        ("unknown guidance", "does not describe a policy"),
+        ("guidance without an encoder for it", "told-embed-dim a size above 0"),
+        ("guidance by a critic of clean chunks", "needs a value of noised chunks"),
         ("other sizes", "does not fit"),
     ],
 )
@@ -290,3 +350,20 @@ def test_spaces_of_another_environment_are_refused():
         policy.check_spaces(box(-1, 1, (5,)), action)
     with pytest.raises(PolicyError, match="takes actions"):
         policy.check_spaces(good, box(-1, 1, (3,)))
+
+
+def test_a_policy_is_sampled_only_as_it_was_trained_and_never_in_one_step_of_a_noise_prediction(tmp_path):
+    policy = make_policy()
+    assert policy.with_sampler(SamplerConfig("heun", 1)).planner.evaluations == 1  # v_prediction: the mean of the data
+    with pytest.raises(PolicyError, match="not trained for the sampler 'mip'; choose from ddpm, ddim, euler, heun"):
+        policy.with_sampler(SamplerConfig("mip", 2))
+    description = json.loads((policy.save(tmp_path) / "policy.json").read_text())
+    description["denoiser"]["prediction"] = "epsilon"
+    (tmp_path / "policy.json").write_text(json.dumps(description))
+    loaded = Policy.load(tmp_path)
+    with pytest.raises(PolicyError, match="divides by alpha, almost 0 there"):
+        loaded.with_sampler(SamplerConfig("ddim", 1))
+    description["sampler"]["steps"] = 1
+    (tmp_path / "policy.json").write_text(json.dumps(description))
+    with pytest.raises(PolicyError, match="take 2 steps or more"):
+        Policy.load(tmp_path)

@@ -21,7 +21,7 @@ from diffpolicy.imitation import Actor, ActorConfig
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 
 FLOW = DenoiserConfig("mlp", hidden_dim=512, step_embed_dim=64, schedule="flow", prediction="flow")
-ONE_STEP = SamplerConfig("euler", 1)
+ONE_STEP = SamplerConfig("one_step", 1)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,17 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from diffpolicy import train as training
+from diffpolicy.agents.distill import DistillConfig
 from diffpolicy.cli.shared import Flat, progress_bar, read_config
 from diffpolicy.data.sources import load
 from diffpolicy.data.spec import Spec
-from diffpolicy.errors import PolicyError
-from diffpolicy.tables import Preset, get_algorithm, get_task, make_agent, prepare
+from diffpolicy.errors import PolicyError, SpecError
+from diffpolicy.evaluate import play_unseen
+from diffpolicy.policy import Policy
+from diffpolicy.tables import Preset, Task, get_algorithm, get_task, make_agent, prepare, settings_for, straightened
 from diffpolicy.train import TrainConfig
+
+MEANWHILE = 50_000  # first seed of episodes played while training; reports begin at 100,000
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,10 @@ class TrainArgs:
     task: str | None = None
     """Name of a task, for its presets, observation names and normalisation."""
     agent: str = "bc"
-    """Algorithm: bc (imitation), idql, dql, edp, qc or fql (offline reinforcement learning)."""
+    """Algorithm: bc (imitation), mip (the same in two regressions), distill (a --teacher in one step), idql, dql, edp,
+    qc, fql, cfgrl, diffuser or decision-diffuser (offline reinforcement learning)."""
+    flow: bool = False
+    """Flow matching, sampled in 10 steps of Euler: sets the agent's --denoiser.schedule, .prediction and --sampler."""
     resume: bool = False
     """Continue the run in the folder, with its arguments."""
     horizon: int = 16
@@ -56,6 +64,7 @@ def train(argv: Sequence[str]) -> None:
     if not isinstance(args.settings, get_algorithm(args.agent).config):
         raise PolicyError(f"{args.out} is a run of another agent than {args.agent!r}; leave out --agent to resume it")
     task = get_task(args.task)
+    play = _player(args.train, task)
     episodes = prepare(task, load(args.dataset, args.obs, args.part, args.relabel))
     spec = Spec.from_episodes(episodes, args.horizon, args.n_obs_steps, args.n_action_steps)
     device = training.resolve_device(args.train.device)
@@ -73,9 +82,22 @@ def train(argv: Sequence[str]) -> None:
     }
     with progress_bar() as bar:
         row = bar.add_task("training", total=args.train.steps)
-        for step, metrics in training.train(agent, episodes, args.train, args.out, description):
+        for step, metrics in training.train(agent, episodes, args.train, args.out, description, play):
             bar.update(row, completed=step, description=f"training, loss {metrics['loss']:.4f}")
     print(f"policy: {args.out}\nlook:   tensorboard --logdir {args.out}")
+
+
+def _player(config: TrainConfig, task: Task | None) -> training.Play | None:
+    """Return what plays the task while training, None where nobody asked for it.
+
+    Raises:
+        SpecError: if it is asked for and there is no task.
+    """
+    if not config.evaluate_every:
+        return None
+    if task is None:
+        raise SpecError("--evaluate-every plays the task's environment; say which with --task")
+    return lambda policy, count: play_unseen(policy, task.env_id, task.env_kwargs, count, MEANWHILE)
 
 
 def _train_defaults(argv: Sequence[str]) -> Any:
@@ -86,8 +108,14 @@ def _train_defaults(argv: Sequence[str]) -> Any:
     task = get_task(_value_of(argv, "--task"))
     preset = Preset() if task is None else task.preset
     agent = _value_of(argv, "--agent") or "bc"
-    settings = preset.agents.get(agent) or get_algorithm(agent).config()
+    settings = settings_for(agent, preset)
+    if "--flow" in argv:
+        settings = straightened(settings)
     shared = {f.name: getattr(preset, f.name) for f in dataclasses.fields(Preset) if f.name != "agents"}
+    teacher = _value_of(argv, "--teacher")
+    if isinstance(settings, DistillConfig) and teacher is not None:
+        settings, spec = settings.taught_by(teacher), Policy.load(teacher).spec
+        shared |= {name: getattr(spec, name) for name in ("horizon", "n_obs_steps", "n_action_steps")}
     return TrainArgs(dataset=tyro.MISSING, out=tyro.MISSING, agent=agent, settings=settings, **shared)
 
 

@@ -49,3 +49,20 @@ def transformed(episodes: Episodes, scale: float, shift: float) -> Episodes:
         return episodes
     reward = (np.asarray(episodes.reward, dtype=np.float64) * scale + shift).astype(np.float32)
     return replace(episodes, reward=reward)
+
+
+def returns_to_go(episodes: Episodes, gamma: float) -> np.ndarray:
+    """`G(step) = r(step) + gamma G(step + 1)` of every step, `(N,)`, 0 beyond the end of the recording.
+
+    After a step that `info["mask"]` marks as the task's end nothing follows.
+    """
+    reward, start, length = np.asarray(episodes.reward, dtype=np.float64), episodes.start, np.asarray(episodes.length)
+    mask = episodes.info.get("mask")
+    onward = gamma * (np.ones(len(reward)) if mask is None else np.asarray(mask, dtype=np.float64))
+    found, ahead = np.zeros(len(reward)), np.zeros(len(length))
+    for step in range(int(length.max()) - 1, -1, -1):  # of all episodes at once
+        here = np.flatnonzero(length > step)
+        rows = start[here] + step
+        ahead[here] = reward[rows] + onward[rows] * ahead[here]
+        found[rows] = ahead[here]
+    return found

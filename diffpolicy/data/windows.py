@@ -118,6 +118,12 @@ class Windows:
         """Return the number of windows."""
         return int(self.count.sum())
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """Number of the step of each window among all steps of the episodes, `(len(self),)`."""
+        first = (self.start[self.episode] - self.first).repeat_interleave(self.count)
+        return torch.arange(len(self), device=first.device) + first
+
     def gather(self, index: torch.Tensor) -> Batch:
         """Return the windows of `index` `(B,)`, whole numbers below `len(self)`."""
         index = index.to(self.action.device)

@@ -8,6 +8,11 @@ A chunk of which something is known already, `Y` with weights `W` in [0, 1] (1 k
 The second is `D + sigma^2 / alpha grad log N(Y; D, r^2 / W)`, Tweedie's formula for `x` given `x_t` and `Y`: through
 the Jacobian what is known moves what is free. It stays the same if `x_t` is multiplied by any number, so Black et al.'s
 rule for flows (`alpha = tau, sigma = 1 - tau`) is a rule for all schedules.
+
+What is wanted of a chunk, said by a condition `y` or by a value `V` of noised chunks:
+
+    ClassifierFree D(x_t) + w (D(x_t, y) - D(x_t))                      0 free, 1 conditional, above 1 more of it
+    ValueGuided    D + w sigma^2 / alpha grad V(x_t, t)                 Tweedie's formula for p(x) e^(w V(x))
 """
 
 from collections.abc import Callable
@@ -18,6 +23,8 @@ import torch
 from diffpolicy.diffusion.denoiser import Denoiser
 
 Variance = Callable[[float, float], float]
+Tell = Callable[[torch.Tensor], torch.Tensor]
+Value = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class Clipped(Denoiser):
@@ -35,6 +42,76 @@ class Clipped(Denoiser):
     def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """`clip(D, -limit, limit)`."""
         return self.denoiser(x_t, t, cond).clamp(-self.limit, self.limit)
+
+
+class ClassifierFree(Denoiser):
+    """Away from what the denoiser estimates unconditionally, towards what it estimates told `y` (Ho and Salimans 2022).
+
+    Both in one evaluation of twice the rows; of weights 0 and 1 only the one that counts, so 1 is the conditional
+    denoiser to the bit. Of two Gaussians of equal spread it is the exact denoiser of `N(m + w (m_y - m), s^2)`; of two
+    around the same mean the probability flow samples the spread `s^(1-w) s_y^w`, not that of the product of powers.
+
+    Args:
+        denoiser: of chunks, conditional and not.
+        tell: turns a condition `(B, C)` that says nothing of `y` into one that does.
+        weight: `w`; 0 is unconditional.
+    """
+
+    def __init__(self, denoiser: Denoiser, tell: Tell, weight: float) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.tell = tell
+        self.weight = weight
+
+    def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """`D(x_t) + w (D(x_t, y) - D(x_t))`."""
+        assert cond is not None
+        if self.weight in (0.0, 1.0):
+            return self.denoiser(x_t, t, self.tell(cond) if self.weight else cond)
+        time = torch.cat([t, t]) if isinstance(t, torch.Tensor) else t
+        free, told = self.denoiser(torch.cat([x_t, x_t]), time, torch.cat([cond, self.tell(cond)])).chunk(2)
+        return torch.lerp(free, told, self.weight)
+
+
+class ValueGuided(Denoiser):
+    """Uphill on a value of noised chunks (Dhariwal and Nichol 2021; Janner et al. 2022).
+
+    With `V(x_t, t) = E[J | x_t]`, what regression on returns J learns, and J linear in a Gaussian chunk, the samples
+    are those of `p(x) e^(w J(x))`, exactly: `N(m, C)` becomes `N(m + w C grad J, C)`. Put it inside `Clipped`.
+
+    Args:
+        denoiser: of chunks.
+        value: `(x_t (B, Tp, Da), t (B,), cond) -> (B,)`, differentiable in `x_t`.
+        weight: `w`, in units of 1 / value; 0 is no guidance.
+        until: time below which there is none: a value of almost clean chunks leads off the data (Janner et al. stop
+            two of their 20 steps before the end).
+    """
+
+    def __init__(self, denoiser: Denoiser, value: Value, weight: float, until: float = 0.0) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.value = value
+        self.weight = weight
+        self.until = until
+
+    def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """`D + w sigma^2 / alpha grad V`; `t` is a float, as in every sampler."""
+        assert isinstance(t, float)
+        x = self.denoiser(x_t, t, cond)
+        if t < self.until or self.weight == 0:
+            return x
+        alpha, sigma = self.schedule(t)
+        return x + self.weight * sigma**2 / alpha * self.slope(x_t, t, cond)
+
+    def slope(self, x_t: torch.Tensor, t: float, cond: torch.Tensor | None) -> torch.Tensor:
+        """`grad V` with respect to `x_t`, a constant to whoever differentiates; works in `torch.inference_mode` too."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x_t.detach().clone().requires_grad_()
+            value = self.value(leaf, leaf.new_full((len(leaf),), t), None if cond is None else cond.detach().clone())
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return slope
 
 
 class Pinned(Denoiser):
@@ -130,6 +207,32 @@ class RealTimeChunk(Denoiser):
             return x + gain * (self.weights * (self.chunk - x))
         x, pull = vector_jacobian(self.denoiser, x_t, t, cond, lambda x: self.weights * (self.chunk - x))
         return x + gain * pull
+
+
+class Trained(Denoiser):
+    """Training-time real-time chunking (Black et al. 2025, arXiv 2512.05964): the network was told what is known.
+
+    Actions of weight 1 stand clean in `x_t` with the time 0, the others have the time of the sampler: networks that
+    were trained so (`DenoiserConfig.max_delay`) continue them, without a derivative and at no cost. A chunk sampled to
+    the end equals `chunk` to the bit where the weight is 1; weights below 1 count as 0.
+
+    Args:
+        denoiser: of chunks whose actions have their own times.
+        chunk: what is known, `(B, Tp, Da)`, finite everywhere.
+        weights: `(Tp,)`, or anything that broadcasts to the chunk's shape.
+    """
+
+    def __init__(self, denoiser: Denoiser, chunk: torch.Tensor, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.chunk = chunk
+        self.known = per_action(weights, chunk) == 1
+
+    def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """`Y` where it is known, else `D` of the chunk that begins with it; `t` is a float, as in every sampler."""
+        times = torch.where(self.known[..., 0], 0.0, torch.as_tensor(t).to(x_t))
+        return torch.where(self.known, self.chunk, self.denoiser(torch.where(self.known, self.chunk, x_t), times, cond))
 
 
 def vector_jacobian(

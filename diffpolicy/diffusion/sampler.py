@@ -8,6 +8,7 @@ With `D` the denoiser and `eps = (x_t - alpha_t D) / sigma_t`:
                 method on the probability flow (on the `flow` schedule: x_s = x_t + (s - t) velocity)
     Heun        the trapezoid of the same: the mean of (D, eps) at both ends of the leg
     DpmPP2M     second order in lambda = log(alpha / sigma), from the D of the leg before
+    Mip         x_s = alpha_s D, from 0 at t = 1: two regressions, for networks that were trained for them
 
 Times and scales are plain floats worked out once (`Leg`): a branch on a tensor would stop `torch.export` and CUDA
 graphs, and cost each step. A sampler's memory is passed through, never kept.
@@ -15,7 +16,7 @@ graphs, and cost each step. A sampler's memory is passed through, never kept.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -41,17 +42,22 @@ class Leg:
     sigma_s: float
 
 
-def legs(schedule: Schedule, steps: int, repeats: int = 1) -> list[Leg]:
-    """`steps` legs of equal length from `t = 1` to exactly 0 (`trailing` spacing in `diffusers`).
+def even(steps: int) -> tuple[float, ...]:
+    """`steps` times at equal distances, from `t = 1` down to the last before 0 (`trailing` spacing in `diffusers`)."""
+    if steps < 1:
+        raise ValueError(f"sampling takes at least one step, not {steps}")
+    return tuple(1 - i / steps for i in range(steps))
+
+
+def legs(schedule: Schedule, times: Sequence[float], repeats: int = 1) -> list[Leg]:
+    """Legs from each of `times` to the next, the last to exactly 0.
 
     With `repeats` above 1 each is taken that often, with its way back between: the path of RePaint (Lugmayr et al.
     2022, alg. 1, jump length 1).
     """
-    if steps < 1:
-        raise ValueError(f"sampling takes at least one step, not {steps}")
     if repeats < 1:
         raise ValueError(f"each step is taken at least once, not {repeats} times")
-    points = [(t, *schedule(t)) for t in (1 - i / steps for i in range(steps))] + [(0.0, 1.0, 0.0)]
+    points = [(t, *schedule(t)) for t in times] + [(0.0, 1.0, 0.0)]
     path = [(Leg(*start, *end), Leg(*end, *start)) for start, end in pairwise(points)]
     return [leg for there, back in path for leg in [there, back] * (repeats - 1) + [there]]
 
@@ -70,6 +76,10 @@ class Sampler(ABC):
         self, denoise: Denoise, x_t: torch.Tensor, leg: Leg, noise: torch.Tensor | None, memory: Any
     ) -> tuple[torch.Tensor, Any]:
         """Return `(x_s, memory)`; `noise` is this leg's own draw, or None for a deterministic sampler."""
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """Return the time at which each leg begins."""
+        return even(steps)
 
     def draws(self, steps: int) -> int:
         """Return how many noise tensors one sampling needs, the start included."""
@@ -149,6 +159,29 @@ class DpmPP2M(Sampler):
         return x_s, (x, h)
 
 
+@dataclass(frozen=True)
+class Mip(Sampler):
+    """The minimal iterative policy (Pan et al. 2025): `a = D(alpha_s D(0, 1), s)`, at `s = 0.1` on the schedule `flow`.
+
+    Nothing of it is random: the noise that it is given does not matter. One leg alone is plain regression.
+    """
+
+    s: float = 0.1
+
+    def step(
+        self, denoise: Denoise, x_t: torch.Tensor, leg: Leg, noise: torch.Tensor | None, memory: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """One regression, scaled as the next expects it."""
+        start = torch.zeros_like(x_t) if leg.t == 1.0 else x_t
+        return leg.alpha_s * denoise(start, leg.t), memory
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """Return 1 and `s`; there are no more than two."""
+        if steps not in (1, 2):
+            raise ValueError(f"the minimal iterative policy takes one or two steps, not {steps}")
+        return (1.0, self.s)[:steps]
+
+
 def sample(
     denoiser: Denoiser, sampler: Sampler, noise: torch.Tensor, cond: torch.Tensor | None, steps: int, repeats: int = 1
 ) -> torch.Tensor:
@@ -169,7 +202,7 @@ def sample(
     if len(noise) < needed:
         raise ValueError(f"{sampler} with {steps} steps needs {needed} draws of noise, not {len(noise)}")
     x, memory = noise[0], None
-    for i, leg in enumerate(legs(denoiser.schedule, steps, repeats)):
+    for i, leg in enumerate(legs(denoiser.schedule, sampler.times(steps), repeats)):
         draw = noise[i + 1] if i + 1 < len(noise) else None
         if leg.s > leg.t:
             assert draw is not None
@@ -185,14 +218,21 @@ def draws_of(sampler: Sampler, steps: int, repeats: int) -> int:
 
 
 class Sample(nn.Module):
-    """The planner that samples: `(cond, noise) -> chunk` in the unit box."""
+    """The planner that samples: `(cond, noise) -> chunk` in the unit box.
 
-    def __init__(self, denoiser: Denoiser, sampler: Sampler, steps: int, repeats: int = 1) -> None:
+    Every draw of noise is multiplied by the temperature: below 1 samples spread less (Ajay et al. 2023). Of a Gaussian
+    the standard deviation is multiplied by it and the mean stays, with every sampler here.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, sampler: Sampler, steps: int, repeats: int = 1, temperature: float = 1.0
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.sampler = sampler
         self.steps = steps
         self.repeats = repeats
+        self.temperature = temperature
 
     @property
     def draws(self) -> int:
@@ -206,4 +246,5 @@ class Sample(nn.Module):
 
     def forward(self, cond: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
         """Sample chunks `(B, Tp, Da)` from `cond (B, C)` and `noise (draws, B, Tp, Da)`."""
-        return sample(self.denoiser, self.sampler, noise, cond, self.steps, self.repeats)
+        scaled = noise if self.temperature == 1 else self.temperature * noise
+        return sample(self.denoiser, self.sampler, scaled, cond, self.steps, self.repeats)

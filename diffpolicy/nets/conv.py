@@ -21,10 +21,13 @@ MANY_CHANNELS = 32
 """Below this, taking a signal to its values and back costs more than the products that it saves."""
 
 
-def differentiated_on_cpu(x: torch.Tensor) -> bool:
-    """Return whether this is a training step of full precision on a CPU, not compiled: where we know better."""
+def trains_on_cpu(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether this is a training step of full precision on a CPU, not compiled: where we know better.
+
+    Guidance differentiates too, by the noised chunk alone: it must compute what plain sampling does, to the bit.
+    """
     eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
-    return eager and x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled()
+    return eager and x.device.type == "cpu" and x.requires_grad and weight.requires_grad and torch.is_grad_enabled()
 
 
 class Conv1d(nn.Conv1d):
@@ -36,7 +39,7 @@ class Conv1d(nn.Conv1d):
         length = (x.shape[-1] + 2 * padding - width) // stride + 1
         if x.device.type == "cpu" and x.shape[0] * length <= FEW_POSITIONS:
             return self._windows_product(x, length)
-        if self._winograd_pays(x, length) and differentiated_on_cpu(x):
+        if self._winograd_pays(x, length) and trains_on_cpu(x, self.weight):
             return winograd_conv1d(x, self.weight, self.bias)
         return super().forward(x)
 

@@ -13,7 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from diffpolicy.nets.embed import TimeEmbedding
+
 Aggregate = Callable[[torch.Tensor], torch.Tensor]
+Scales = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def minimum(q: torch.Tensor) -> torch.Tensor:
@@ -131,3 +134,40 @@ class Value(nn.Module):
     def forward(self, cond: torch.Tensor) -> torch.Tensor:
         """Evaluate."""
         return self.body(cond[:, : self.obs_dim]).squeeze(-1).squeeze(0)
+
+
+class NoisedValue(nn.Module):
+    """Value of a noised chunk after a history, to guide its sampling and, of clean chunks, to choose among samples.
+
+    It sees `alpha x_t`: so its slope falls with `alpha` towards `t = 1`, as that of the true `E[return | x_t]` does,
+    and guidance, which divides by `alpha`, stays bounded.
+
+    Args:
+        body: of inputs `obs_dim + time_dim + Tp Da`.
+        obs_dim: size of the flat history, the first entries of a condition.
+        time_dim: size of the diffusion time's embedding.
+        scales: `t (B,) -> (alpha, sigma)`, the schedule.
+        aggregate: one number of those of the members.
+    """
+
+    def __init__(self, body: Ensemble, obs_dim: int, time_dim: int, scales: Scales, aggregate: Aggregate) -> None:
+        super().__init__()
+        self.body = body
+        self.obs_dim = obs_dim
+        self.time = TimeEmbedding(time_dim)
+        self.scales = scales
+        self.aggregate = aggregate
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """Return the value by each member, `(E, B)`, of `x_t (B, Tp, Da)` at times `t (B,)` after `cond (B, C)`."""
+        signal = self.scales(t)[0].unsqueeze(-1) * x_t.flatten(1)
+        return self.body(torch.cat([cond[:, : self.obs_dim], self.time(t), signal], dim=-1)).squeeze(-1)
+
+    def noised(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        """Aggregate over the members, `(B,)`."""
+        assert cond is not None
+        return self.aggregate(self(x_t, t, cond))
+
+    def value(self, cond: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
+        """Value `(B,)` of clean chunks."""
+        return self.noised(chunk, chunk.new_zeros(len(chunk)), cond)

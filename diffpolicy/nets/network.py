@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
+from diffpolicy.errors import SpecError
+
 
 class Network(nn.Module, ABC):
     """`(B, Tp, Da), (B,), (B, C) -> (B, Tp, Da)`."""
@@ -24,5 +26,13 @@ class Network(nn.Module, ABC):
         """Turn a noised chunk `(B, Tp, Da)` into the prediction of the same shape."""
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        """Predict; what the prediction means is the denoiser's business."""
+        """Predict; what the prediction means is the denoiser's business.
+
+        Raises:
+            SpecError: if each action has its own time and this network was not made for that.
+        """
+        if t.ndim != 1:
+            raise SpecError(
+                "this policy was not trained to continue a chunk; train with --denoiser.max-delay, or join otherwise"
+            )
         return self.body(x_t, self.modulation(t, cond))

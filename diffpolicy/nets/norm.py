@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from diffpolicy.nets.conv import differentiated_on_cpu
+from diffpolicy.nets.conv import trains_on_cpu
 
 LINEAR = 20.0
 """Above this Mish is the identity in float32; the exponential is taken no further."""
@@ -26,7 +26,7 @@ class GroupNormMish(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise each group of channels, scale, shift, activate."""
-        if differentiated_on_cpu(x):
+        if trains_on_cpu(x, self.weight):
             return _NormMish.apply(x.contiguous(), self.weight, self.bias, self.num_groups, self.eps)
         return functional.mish(super().forward(x))
 

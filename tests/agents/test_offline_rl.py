@@ -6,65 +6,22 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from agent_cases import AGENTS, GAMMA, MLP, OFFLINE_RL, UNET, learn, make
 from worlds import bandit, chain
 
 from diffpolicy.actor_critic import ActorCritic
-from diffpolicy.agents.bc import Bc, BcConfig
-from diffpolicy.agents.dql import Dql, DqlConfig
-from diffpolicy.agents.edp import Edp, EdpConfig
-from diffpolicy.agents.fql import Fql, FqlConfig
-from diffpolicy.agents.idql import Idql, IdqlConfig
-from diffpolicy.agents.qc import Qc, QcConfig
-from diffpolicy.critics import TdConfig
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch
-from diffpolicy.imitation import ActorConfig
-from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
+from diffpolicy.parts import SamplerConfig
 from diffpolicy.policy import Policy
-from diffpolicy.train import Agent, TrainConfig, fit, train
-
-MLP = DenoiserConfig("mlp", hidden_dim=32, depth=1, step_embed_dim=16, prediction="v_prediction")
-FLOW = replace(MLP, schedule="flow", prediction="flow")
-UNET = DenoiserConfig("unet1d", down_dims=(8, 16), kernel_size=3, step_embed_dim=16, schedule="flow", prediction="flow")
-DDPM, EULER, DPM = (SamplerConfig(name, 5) for name in ("ddpm", "euler", "dpm++2m"))
-GAMMA = 0.9
-COMMON = {
-    "actor": ActorConfig(learning_rate=3e-3),
-    "critic": CriticConfig((64, 64)),
-    "td": TdConfig(gamma=GAMMA, polyak=0.05, learning_rate=2e-3),
-}
-BEST_OF_8, SOFT = SelectionConfig(8), SelectionConfig(20, temperature=1.0)
-
-AGENTS = {
-    "bc": (Bc, BcConfig(MLP, DDPM, learning_rate=3e-3, warmup_steps=10)),
-    "idql": (Idql, IdqlConfig(MLP, DDPM, selection=BEST_OF_8, **COMMON)),
-    "dql": (Dql, DqlConfig(MLP, DDPM, selection=SOFT, **COMMON)),
-    "dql max-Q": (Dql, DqlConfig(MLP, DDPM, selection=SelectionConfig(1), backup_samples=5, **COMMON)),
-    "edp": (Edp, EdpConfig(MLP, DPM, selection=SOFT, **COMMON)),
-    "qc": (Qc, QcConfig(FLOW, EULER, selection=BEST_OF_8, backup_samples=8, **COMMON)),
-    "fql": (Fql, FqlConfig(FLOW, EULER, alpha=0.1, **COMMON)),
-}
-OFFLINE_RL = [name for name in AGENTS if name != "bc"]
-
-
-def make(name: str, episodes: Episodes, steps: int, chunk: int = 1, **changes: object) -> Agent:
-    agent, config = AGENTS[name]
-    spec = Spec.from_episodes(episodes, horizon=chunk, n_obs_steps=1, n_action_steps=chunk)
-    normalizer = Normalizer.fit(episodes, {"obs": "none"})
-    return agent(spec, normalizer, replace(config, **changes), steps, "cpu", 0)
-
-
-def learn(agent: Agent, episodes: Episodes, steps: int, batch_size: int = 64) -> None:
-    windows = agent.windows(episodes, torch.device("cpu"))
-    for _ in fit(agent, windows, TrainConfig(steps=steps, batch_size=batch_size)):
-        pass
+from diffpolicy.train import Agent, TrainConfig, train
 
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_of_two_modes_each_agent_takes_the_better_with_0_9_where_imitation_takes_it_with_0_5(name):
-    chunk = 2 if name in ("qc", "idql") else 1
+    chunk = 2 if name in ("qc", "idql", "cfgrl", "diffuser") else 1
     steps = 600 if name == "bc" else 250
     episodes = bandit(steps=chunk, gap=5.0)
     agent = make(name, episodes, steps, chunk)
@@ -196,11 +153,12 @@ def test_with_a_history_and_chunks_train_4_is_train_2_and_resume_2_and_the_saved
 ):
     episodes = bandit(count=30, steps=7)
     agent_type, config = AGENTS[name]
-    config = replace(config, denoiser=replace(denoiser, obs_embed_dim=4), sampler=SamplerConfig("ddim", 2))
+    denoiser = replace(denoiser, obs_embed_dim=4, told_embed_dim=config.denoiser.told_embed_dim)
+    config = replace(config, denoiser=denoiser, sampler=SamplerConfig("ddim", 2))
     spec = Spec.from_episodes(episodes, horizon=4, n_obs_steps=2, n_action_steps=3)
     length = TrainConfig(steps=4, batch_size=8, log_every=1, validate_every=4, checkpoint_every=2)
 
-    def run(folder: str, stop: int) -> ActorCritic:
+    def run(folder: str, stop: int) -> Agent:
         agent = agent_type(spec, Normalizer.fit(episodes), config, 4, "cpu", 0)
         for step, _metrics in train(agent, episodes, length, tmp_path / folder, {}):
             if step == stop:
@@ -216,8 +174,9 @@ def test_with_a_history_and_chunks_train_4_is_train_2_and_resume_2_and_the_saved
     action, _ = whole.policy().predict(obs)
     loaded = Policy.load(tmp_path / "whole")
     np.testing.assert_array_equal(loaded.predict(obs)[0], action)
-    assert loaded.selection is not None
-    assert loaded.selection.config == config.selection
+    assert (loaded.selection is None) == (name == "decision-diffuser")
+    assert loaded.selection is None or loaded.selection.config == config.selection
+    assert loaded.guidance == whole.policy().guidance
 
 
 def tensors(value: object) -> list[torch.Tensor]:

@@ -1,9 +1,12 @@
 """Reward transforms by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.data.rewards import returns_to_go
 from diffpolicy.errors import DatasetError
 from diffpolicy.parts import RewardConfig, make_rewards
 
@@ -41,3 +44,10 @@ def test_rewards_1_3_and_minus_2_of_two_episodes(case):
 def test_rewards_that_do_not_differ_are_refused(kind, words):
     with pytest.raises(DatasetError, match=words):
         make_rewards(RewardConfig(kind), episodes([1.0, 1.0], [1.0, 1.0]))
+
+
+def test_returns_to_go_by_hand_of_episodes_of_different_length_and_of_one_that_goes_on_after_its_goal():
+    two = episodes([1.0, 2.0, 3.0], [4.0])
+    assert returns_to_go(two, 0.5).tolist() == [1 + 0.5 * (2 + 0.5 * 3), 2 + 0.5 * 3, 3, 4]
+    masked = replace(two, info={"mask": np.array([True, False, True, True])})
+    assert returns_to_go(masked, 0.5).tolist() == [1 + 0.5 * 2, 2, 3, 4]

@@ -13,7 +13,7 @@ from diffpolicy.diffusion.denoiser import Denoiser, NetworkDenoiser
 from diffpolicy.diffusion.exact import CorrelatedGaussian, Mixture, gaussian
 from diffpolicy.diffusion.guidance import Clipped, Pinned, RealTimeChunk, Spread, vector_jacobian
 from diffpolicy.diffusion.prefix import exponential, hard, linear, prefix_weights
-from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Leg, Sample, Sampler, draws_of, legs, renoise, sample
+from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Leg, Sample, Sampler, draws_of, even, legs, renoise, sample
 from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
 
 SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "flow": Flow()}
@@ -158,7 +158,7 @@ def test_putting_noise_back_has_the_marginal_of_the_later_time(schedule: Schedul
 
 @pytest.mark.parametrize("repeats", [1, 2, 5])
 def test_a_path_takes_each_leg_repeats_times_and_ends_with_clean_data(repeats: int):
-    path = legs(Cosine(), 4, repeats)
+    path = legs(Cosine(), even(4), repeats)
     assert len([leg for leg in path if leg.s < leg.t]) == 4 * repeats
     assert len([leg for leg in path if leg.s > leg.t]) == 4 * (repeats - 1)
     assert all(leg.s == following.t for leg, following in pairwise(path))
@@ -308,7 +308,7 @@ def test_on_flow_it_is_the_rule_of_black_et_al_step_by_step():
     denoiser = NetworkDenoiser(lambda *args: -velocity(*args), Flow(), predictions.flow)
     x, chunk, weights = randn(3, 4, 2), randn(3, 4, 2, seed=1), torch.tensor([1, 1, 0.5, 0]).double()
     guided = RealTimeChunk(denoiser, chunk, weights)
-    for leg in legs(Flow(), n)[1:-1]:
+    for leg in legs(Flow(), even(n))[1:-1]:
         tau = 1 - leg.t
 
         def estimate(x: torch.Tensor, tau: float = tau) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 from diffpolicy.diffusion.denoiser import Denoiser, NetworkDenoiser, flow
 from diffpolicy.diffusion.exact import Mixture, gaussian
-from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Leg, Sample, Sampler, legs, sample
+from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Leg, Sample, Sampler, even, legs, sample
 from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
 
 SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "flow": Flow()}
@@ -74,7 +74,7 @@ class Watched(Denoiser):
 @every_schedule
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 100])
 def test_legs_join_up_from_time_1_to_clean_data_in_equal_steps(schedule: Schedule, steps: int):
-    path = legs(schedule, steps)
+    path = legs(schedule, even(steps))
     assert len(path) == steps
     assert (path[0].t, path[0].alpha, path[0].sigma) == (1.0, *schedule(1.0))
     assert (path[-1].s, path[-1].alpha_s, path[-1].sigma_s) == (0.0, 1.0, 0.0)
@@ -86,7 +86,7 @@ def test_legs_join_up_from_time_1_to_clean_data_in_equal_steps(schedule: Schedul
 @pytest.mark.parametrize("steps", [0, -1])
 def test_fewer_than_1_step_is_refused(steps: int):
     with pytest.raises(ValueError, match=f"at least one step, not {steps}"):
-        legs(Cosine(), steps)
+        legs(Cosine(), even(steps))
 
 
 # --- order of convergence on the probability flow of a Gaussian ---
@@ -142,7 +142,7 @@ def test_the_last_leg_shrinks_the_deviation_by_its_closed_form(name: str, schedu
     """
     exact, z = gaussian(schedule, MEAN, STD), randn(16, 3, 1)
     for steps in [5, 10, 100]:
-        last = legs(schedule, steps)[-1]
+        last = legs(schedule, even(steps))[-1]
         x, _ = DETERMINISTIC[name].step(exact, on_the_flow(schedule, z, last.t), last, None, (z, 1.0))
         shrunk = 1 / (1 + (last.sigma / (last.alpha * STD)) ** 2).sqrt()
         assert (x - (MEAN + shrunk * STD * z)).abs().max() < 1e-12
@@ -169,7 +169,7 @@ class Velocity(nn.Module):
 def test_ddim_on_flow_is_eulers_method_x_plus_s_minus_t_times_velocity_to_1e_13():
     """To the letter on each of 10 legs but the first, where the floor of `alpha` adds `5e-4 D` (next test)."""
     denoiser, x = NetworkDenoiser(Velocity(), Flow(), flow), randn(4, 3, 2)
-    for leg in legs(Flow(), 10)[1:]:
+    for leg in legs(Flow(), even(10))[1:]:
         euler = x + (leg.s - leg.t) * Velocity()(x, torch.full((4,), leg.t, dtype=torch.float64), None)
         x, _ = Ddim().step(lambda x_t, t: denoiser(x_t, t, None), x, leg, None, None)
         assert (x - euler).abs().max() < 1e-13
@@ -178,7 +178,7 @@ def test_ddim_on_flow_is_eulers_method_x_plus_s_minus_t_times_velocity_to_1e_13(
 @every_schedule
 def test_ddim_is_eulers_method_in_the_scales_x_plus_d_alpha_x_plus_d_sigma_eps(schedule: Schedule):
     exact, x = gaussian(schedule, MEAN, STD), randn(4, 3, 1)
-    for leg in legs(schedule, 10):
+    for leg in legs(schedule, even(10)):
         clean = exact(x, leg.t)
         eps = (x - leg.alpha * clean) / leg.sigma
         euler = x + (leg.alpha_s - leg.alpha) * clean + (leg.sigma_s - leg.sigma) * eps
@@ -195,7 +195,7 @@ def predicted_moments(schedule: Schedule, eta: float, steps: int, mean: float, s
     With `D = m + g (x_t - alpha m)`, `g = alpha s^2 / (alpha^2 s^2 + sigma^2)`, a leg takes the deviation
     `y = x_t - alpha m` to `(alpha_s g + sqrt(sigma_s^2 - v^2) (1 - alpha g) / sigma) y + v z`.
     """
-    path = legs(schedule, steps)
+    path = legs(schedule, even(steps))
     deviation, variance = -path[0].alpha * mean, 1.0
     for leg in path:
         gain = leg.alpha * std**2 / (leg.alpha**2 * std**2 + leg.sigma**2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffpolicy.nets.encoder import EmbeddingEncoder, FlattenEncoder
+from diffpolicy.nets.encoder import TOLD, EmbeddingEncoder, FlattenEncoder, ToldEncoder
 
 
 def test_two_names_over_two_steps_lie_step_by_step_and_within_a_step_in_the_given_order():
@@ -47,3 +47,20 @@ def test_the_embedding_stands_behind_the_flat_history_and_is_two_layers_of_it():
     hidden = hidden * torch.tanh(torch.log1p(hidden.exp()))
     wanted = torch.cat([flat, torch.nn.functional.linear(hidden, second.weight, second.bias)], dim=-1)
     torch.testing.assert_close(encoder(obs), wanted)
+
+
+def test_what_is_told_is_beside_the_condition_and_nothing_told_is_zeros():
+    encoder = ToldEncoder(EmbeddingEncoder(["obs"], 3, 4), 5)
+    obs = {"obs": torch.randn(2, 1, 3)}
+    silent, told = encoder(obs), encoder({**obs, TOLD: torch.tensor([torch.nan, 0.7])})
+    assert torch.equal(silent[:, :7], encoder.encoder(obs))
+    assert not silent[:, 7:].any()
+    assert torch.equal(told[0], silent[0])
+    assert torch.equal(told[1], encoder.tell(silent, 0.7)[1])
+    assert (told[1, 7:] - encoder.tell(silent, 0.2)[1, 7:]).abs().max() > 1e-3
+
+
+def test_where_nothing_is_told_no_gradient_is_not_a_number():
+    encoder = ToldEncoder(FlattenEncoder(["obs"]), 5)
+    encoder({"obs": torch.zeros(2, 1, 3), TOLD: torch.tensor([torch.nan, 0.7])}).sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in encoder.net[2].parameters())

@@ -1,0 +1,88 @@
+"""CFGRL (Frans et al. 2025): imitate all of the data and its better part, and go from the first past the second.
+
+    L_V, L_Q  as in IQL (Kostrikov et al. 2022),   A = Q_target(s, a) - V(s),   o = 1(A > 0)
+    L   = E o |F(x_t, t, s, o = 1) - target|^2 + beta E |F(x_t, t, s) - target|^2
+    act:  D(x_t, s) + w (D(x_t, s, o = 1) - D(x_t, s))
+
+The guided policy is `pi(a | s) p(o = 1 | s, a)^w`, which improves on that of every smaller w: the weight, chosen when
+acting, is how far to go from the data.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from diffpolicy.actor_critic import ActorCritic, ActorCriticConfig, Learned
+from diffpolicy.critics import ExpectileValue, Metrics, whole_chunks
+from diffpolicy.data.windows import Batch
+from diffpolicy.guides import ClassifierFreeGuidance
+from diffpolicy.imitation import ActorConfig
+from diffpolicy.nets.encoder import TOLD
+from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig, make_value
+
+FLOW = DenoiserConfig("mlp", hidden_dim=512, step_embed_dim=64, schedule="flow", prediction="flow", told_embed_dim=32)
+
+
+@dataclass(frozen=True)
+class CfgrlConfig(ActorCriticConfig):
+    """Settings of CFGRL; the defaults are the paper's for offline reinforcement learning where it has them."""
+
+    denoiser: DenoiserConfig = field(default_factory=lambda: FLOW)
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("euler", 32))
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=lambda: CriticConfig((512,) * 3, layer_norm=True, activation="mish"))
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    guidance: ClassifierFreeGuidance = field(default_factory=lambda: ClassifierFreeGuidance(weight=1.5))
+    """w, from 1 to 10 in the paper; the goal stays 1, for o = 1."""
+    tau: float = 0.9
+    """Expectile of V."""
+    beta: float = 0.1
+    """Weight of the unconditional loss."""
+
+
+class Cfgrl(ActorCritic[CfgrlConfig]):
+    """An imitator that is told which of the data's actions are better than expected."""
+
+    @property
+    def guidance(self) -> ClassifierFreeGuidance:
+        """Return w and o = 1."""
+        return self.config.guidance
+
+    def more(self) -> Mapping[str, Learned]:
+        """Return the value of states."""
+        value = make_value(self.config.critic, self.spec, self.normalizer).to(self.device)
+        self.value = ExpectileValue(value, self.config.tau, self.config.td.learning_rate)
+        return {"value": self.value}
+
+    def losses(self, batch: Batch) -> Metrics:
+        """Take one step of V, of Q and of the actor."""
+        cond, next_cond = self.critics.cond(batch.obs), self.critics.cond(batch.next_obs)
+        whole = whole_chunks(batch, self.spec, self.config.td.gamma)
+        with torch.no_grad():
+            q = self.critics.target.value(cond, batch.action)
+            better = (q > self.value(cond)) & (whole > 0)
+        metrics = self.value.update(cond, q, whole) | self.critics.update(batch, self.value(next_cond))
+        conditional, unconditional = self.conditional(batch, better), self.actor.model.loss(batch, self.generator)
+        norm = self.actor.descend(conditional + self.config.beta * unconditional)
+        share = better.float().mean()
+        return metrics | {"loss": unconditional.detach(), "grad_norm": norm, "better": share}
+
+    def conditional(self, batch: Batch, better: torch.Tensor) -> torch.Tensor:
+        """`E o |F(x_t, t, s, o = 1) - target|^2`, with o in `better (B,)`."""
+        told = replace(batch, obs={**batch.obs, TOLD: torch.ones_like(batch.reward)})
+        model, n = self.actor.model, batch.valid.sum()
+        chosen = batch.valid & better.unsqueeze(-1)
+        loss = model.loss(replace(told, valid=chosen), self.generator)
+        return loss * chosen.sum() / n
+
+
+# Differences from the original (kvfrans/cfgrl, iql_diffusion):
+#   1. chunks: the critics value the executed actions of a chunk by n-step returns; one action a chunk is the paper's.
+#      A chunk that the recording cuts short has no advantage and trains the unconditional policy alone;
+#   2. the actor is this library's Mlp of residual LayerNorm blocks of 512, not 3 plain layers; diffusion times are
+#      stratified over the batch, and any denoiser, schedule and sampler can take their place;
+#   3. the averaged actor acts, and its learning rate falls to zero along half a cosine;
+#   4. nothing told is an embedding of zeros, o = 1 a small network of the number 1, not two rows of a table;
+#   5. normalisation in the critics stands before the activation, not after it; the batch is this library's (1024);
+#   6. of several samples the best by Q can be taken besides (`selection`); with one sample guidance acts alone.

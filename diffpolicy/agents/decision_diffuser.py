@@ -1,0 +1,80 @@
+"""Decision Diffuser (Ajay et al. 2023): imitate, told which return followed; then ask for a high one.
+
+    R    = (G - G_min) / (G_max - G_min),   G = sum_k gamma^k r_k to the end of the episode
+    L    = E | F(x_t, t, s, R) - target |^2,   R left out with probability p
+    act:  D(x_t, s) + w (D(x_t, s, R*) - D(x_t, s)),   every draw of noise multiplied by the temperature
+
+No value is learned and no reward is bootstrapped: what the data never did in one episode is not put together.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from diffpolicy.data import rewards
+from diffpolicy.data.episodes import Episodes
+from diffpolicy.data.windows import Batch, Windows
+from diffpolicy.errors import SpecError
+from diffpolicy.guides import ClassifierFreeGuidance
+from diffpolicy.imitation import Imitation, ImitationConfig, Imitator
+from diffpolicy.nets.encoder import TOLD
+from diffpolicy.parts import DenoiserConfig, SamplerConfig
+from diffpolicy.policy import Policy
+
+UNET = DenoiserConfig(down_dims=(128, 512, 1024), step_embed_dim=128, told_embed_dim=128)
+
+
+@dataclass(frozen=True)
+class DecisionDiffuserConfig(ImitationConfig):
+    """Settings of Decision Diffuser; the defaults are the paper's for locomotion where it has them."""
+
+    denoiser: DenoiserConfig = field(default_factory=lambda: UNET)
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("ddpm", 100, temperature=0.5))
+    learning_rate: float = 2e-4
+    """Peak rate of AdamW."""
+    guidance: ClassifierFreeGuidance = field(default_factory=lambda: ClassifierFreeGuidance(weight=1.2, goal=0.9))
+    """w (1.2 to 1.8) and R*, 0 for the lowest return of the data and 1 for its highest."""
+    dropout: float = 0.25
+    """p: how often the return is left out."""
+    gamma: float = 0.99
+    """Discount a step of the return."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.dropout < 1 and 0 <= self.gamma <= 1):
+            raise SpecError(f"got dropout {self.dropout} and gamma {self.gamma}; wanted them in [0, 1), [0, 1]")
+
+
+class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
+    """An imitator of everybody in the data that is asked to act as the best of them."""
+
+    def windows(
+        self, episodes: Episodes, device: str | torch.device = "cpu", only: np.ndarray | None = None
+    ) -> Windows:
+        """Return windows whose reward is R, normalised over all episodes, those not chosen included."""
+        returns = rewards.returns_to_go(episodes, self.config.gamma)
+        low, width = returns.min(), max(float(np.ptp(returns)), 1e-8)
+        told = replace(episodes, reward=((returns - low) / width).astype(np.float32))
+        return Windows(told, self.spec, device=device, require_next=True, only=only, n_step=1)
+
+    def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """L: the imitation loss with R, or without it where it is left out by chance."""
+        left_out = torch.rand(batch.reward.shape, generator=generator, device=batch.reward.device) < self.config.dropout
+        told = batch.reward.masked_fill(left_out, torch.nan)
+        return model.loss(replace(batch, obs={**batch.obs, TOLD: told}), generator, self.config.bf16)
+
+    def policy(self) -> Policy:
+        """Return the policy of the averaged weights as they stand, told the goal; it shares them with the agent."""
+        averaged, config = self.ema.module, self.config
+        parts = (self.spec, self.normalizer, averaged.encoder, averaged.denoiser, config.denoiser, config.sampler)
+        return Policy(*parts, self.seed, guidance=config.guidance)
+
+
+# Differences from the original (anuragajay/decision-diffuser):
+#   1. chunks of actions are diffused, conditioned on recent observations; the original diffuses states alone, puts the
+#      current one in, and finds actions between two of them with an inverse model;
+#   2. the return is normalised by the smallest and largest of the data, not divided by a number chosen for each set,
+#      and no penalty is added where an episode ends truly;
+#   3. diffusion time is continuous; 100 steps of DDPM as in the paper (200 in the code), and any other sampler;
+#   4. at weights 0 and 1 one network evaluation is enough, and only one is done;
+#   5. Adam's decay, the average of the weights and the fall of the learning rate are this library's imitation's.
