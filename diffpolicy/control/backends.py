@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpolicy.control.chain import Bodies, Body, Chain
-from diffpolicy.diffusion.sampler import Sample
+from diffpolicy.control.chain import Bodies, Body, Chain, samples_of
+from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import MissingExtraError, PolicyError
 from diffpolicy.nets.network import Network
 from diffpolicy.nets.product import Compressed, Exact, Product, with_products
 from diffpolicy.policy import Policy
 
-ChainPlan = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (cond, noise) -> chunk
+ChainPlan = Callable[..., torch.Tensor]  # (cond, noise, prefix=None) -> chunk
 EXPORT = ("onnx", "onnxscript")
 
 
@@ -41,37 +41,46 @@ class Job:
     """A policy and a batch size to compile for; what several backends need is made once.
 
     Raises:
-        PolicyError: if its network has no two stages, or it chooses among several samples.
+        PolicyError: if its network has no two stages, or it is guided.
     """
 
     def __init__(self, policy: Policy, batch_size: int) -> None:
-        if not isinstance(policy.planner, Sample):
-            raise PolicyError(
-                "this policy chooses among several samples, and a compiled plan samples once; compile "
-                "policy.with_selection(SelectionConfig(samples=1)), or plan without compiling"
-            )
+        if policy.guidance is not None:
+            raise PolicyError("this policy is guided, and neither compiled nor exported plans are; plan as it is")
         self.policy = policy
         self.batch_size = batch_size
         self.network = network_of(policy)
         self._exported: dict[Product, Any] = {}
 
+    def blank_history(self) -> dict[str, torch.Tensor]:
+        """Observations of zeros, `{name: (B, To, ...)}`."""
+        spec = self.policy.spec
+        return {
+            name: torch.zeros(self.batch_size, spec.n_obs_steps, *shape, device=self.policy.device)
+            for name, shape in spec.obs_shapes.items()
+        }
+
     def blank(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Condition of a history of zeros `(B, C)`, noise of zeros `(draws, B, Tp, Da)`."""
         policy, spec = self.policy, self.policy.spec
-        history = {
-            name: torch.zeros(self.batch_size, spec.n_obs_steps, *shape, device=policy.device)
-            for name, shape in spec.obs_shapes.items()
-        }
-        cond = policy.encoder(policy.normalizer.encode_obs(history))
+        cond = policy.encoder(policy.normalizer.encode_obs(self.blank_history()))
         return cond, cond.new_zeros(policy.planner.draws, self.batch_size, spec.horizon, spec.action_dim)
 
+    def chain(self, bodies: Bodies) -> Chain:
+        """Return the policy's sampler around `bodies`."""
+        return Chain(self.policy, self.network, bodies, self.batch_size, self.blank()[0].shape[1])
+
     def exported(self, product: Product) -> Any:
-        """Return the body as an `onnx.ModelProto`: `x_t (B, Tp, Da)`, `modulation (B, M)` to the prediction."""
+        """Return the body as an `onnx.ModelProto`: `x_t (n B, Tp, Da)`, `modulation (n B, M)` to the prediction.
+
+        `n` is how many chunks are sampled a plan.
+        """
         if product not in self._exported:
             cond, noise = self.blank()
             modulation = self.network.modulation(cond.new_ones(self.batch_size), cond)
-            module = _Body(with_products(self.network, product))
-            self._exported[product] = _to_onnx(module, noise[0].clone(), modulation.clone())
+            n, module = samples_of(self.policy), _Body(with_products(self.network, product))
+            arguments = noise[0].repeat(n, 1, 1), modulation.repeat(n, 1)
+            self._exported[product] = to_onnx(module, arguments, ["x_t", "modulation"], ["prediction"])
         return self._exported[product]
 
 
@@ -95,7 +104,7 @@ class Backend:
 
     def chain(self, job: Job, bodies: Bodies) -> ChainPlan:
         """Return the policy's sampler around `bodies`."""
-        return self.wrap(Chain(job.policy, job.network, bodies, job.batch_size), *job.blank())
+        return self.wrap(job.chain(bodies), *job.blank())
 
     def check(self, name: str, policy: Policy) -> None:
         """Refuse what cannot run here.
@@ -110,13 +119,22 @@ class Backend:
                 f"the policy is on {kind} and the backend {name!r} runs on {self.device}; load the policy with "
                 f"device={self.device!r}, or choose one of {', '.join(usable_on(kind))}"
             )
-        if missing := [package for package in self.packages if find_spec(package) is None]:
-            raise MissingExtraError(
-                f"the backend {name!r} needs {', '.join(self.packages)}, and {', '.join(missing)} is not installed; "
-                "pip install 'diffpolicy[export]', or choose another backend"
-            )
+        require(self.packages, f"the backend {name!r}")
         if reason := self.ready():
             raise PolicyError(f"the backend {name!r} {reason}")
+
+
+def require(packages: tuple[str, ...], who: str) -> None:
+    """Refuse what needs a package that is not installed.
+
+    Raises:
+        MissingExtraError: then.
+    """
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise MissingExtraError(
+            f"{who} needs {', '.join(packages)}, and {', '.join(missing)} is not installed; "
+            "pip install 'diffpolicy[export]', or choose another"
+        )
 
 
 def usable_on(kind: str) -> list[str]:
@@ -159,17 +177,21 @@ def _inductor(job: Job) -> Bodies:
     return Bodies(body, body)
 
 
-def _cpp_compiler() -> str:
+def cpp_compiler() -> str:
+    """Say why nothing can be compiled here, or nothing."""
     if any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         return ""
     return "needs a C++ compiler and finds none; install g++ or clang++, or choose another backend"
 
 
 class CapturedChain:
-    """A chain as one CUDA graph: its inputs have fixed places, a plan is two copies, one launch and one copy out."""
+    """A chain as one CUDA graph: its inputs have fixed places, a plan is two copies, one launch and one copy out.
+
+    A plan with a prefix, which may be guided in any way, is launched line by line.
+    """
 
     def __init__(self, chain: ChainPlan, cond: torch.Tensor, noise: torch.Tensor) -> None:
-        self.cond, self.noise = cond.clone(), noise.clone()
+        self.chain, self.cond, self.noise = chain, cond.clone(), noise.clone()
         stream = torch.cuda.Stream(cond.device)
         stream.wait_stream(torch.cuda.current_stream(cond.device))
         with torch.cuda.stream(stream):  # libraries choose kernels and allocate before anything is captured
@@ -180,8 +202,10 @@ class CapturedChain:
         with torch.cuda.graph(self.graph):
             self.chunk = chain(self.cond, self.noise)
 
-    def __call__(self, cond: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def __call__(self, cond: torch.Tensor, noise: torch.Tensor, prefix: Prefix | None = None) -> torch.Tensor:
         """Replay on new inputs."""
+        if prefix is not None:
+            return self.chain(cond, noise, prefix)
         self.cond.copy_(cond)
         self.noise.copy_(noise)
         self.graph.replay()
@@ -197,16 +221,17 @@ def _bfloat16(job: Job) -> Bodies:
     return Bodies(job.network.body, body)
 
 
-def _to_onnx(module: nn.Module, x_t: torch.Tensor, modulation: torch.Tensor) -> Any:
-    with _quiet(), torch.no_grad():
-        program = torch.export.export(module, (x_t, modulation))
-        exported = torch.onnx.export(program, input_names=["x_t", "modulation"], dynamo=True, verbose=False)
+def to_onnx(module: nn.Module, arguments: tuple[Any, ...], inputs: list[str], outputs: list[str]) -> Any:
+    """Return a module as an `onnx.ModelProto`, for arguments of these shapes, with these names."""
+    with quiet(), torch.no_grad():
+        program = torch.export.export(module, arguments)
+        exported = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
     assert exported is not None
     return exported.model_proto
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep to themselves what exporters say of packages nobody asked for."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "onnxruntime")]
     levels = [logger.level for logger in loggers]
@@ -247,7 +272,7 @@ def _onnxruntime_body(model: Any) -> Body:
 def _eight_bits(model: Any) -> Any:
     """Return a copy whose products with a constant matrix are `MatMulNBits`: 8 bits, one scale to 128 weights."""
     quantizer = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
-    with _quiet():
+    with quiet():
         of = quantizer.MatMulNBitsQuantizer(
             deepcopy(model), bits=8, block_size=128, is_symmetric=True, accuracy_level=4
         )
@@ -290,7 +315,7 @@ def _cpu_bfloat16() -> str:
 OPENVINO, ONNXRUNTIME = ("openvino", *EXPORT), ("onnxruntime", *EXPORT)
 BACKENDS: dict[str, Backend] = {
     "eager": Backend(_eager),
-    "inductor": Backend(_inductor, ready=_cpp_compiler),
+    "inductor": Backend(_inductor, ready=cpp_compiler),
     "cudagraph": Backend(_eager, "cuda", wrap=CapturedChain),
     "cudagraph-bf16": Backend(_bfloat16, "cuda", wrap=CapturedChain),
     "onnxruntime": Backend(_onnxruntime, "cpu", ONNXRUNTIME),

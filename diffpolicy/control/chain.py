@@ -4,7 +4,8 @@
     noise ----------------------> body -> body -> ... -> body --decode--> chunk
 
 The times of a sampler are known before it starts, so the first stage of the network (`nets/network.py`) runs once a
-plan. Backends differ in `body(x_t, modulation)` only: one compilation serves every sampler and number of steps.
+plan. Backends differ in `body(x_t, modulation)` only: one compilation serves every sampler and number of steps, every
+choice among samples, and every prefix. A guide that follows the Jacobian gets it from PyTorch's body.
 
 At `t = 1` the noise prediction is divided by `alpha`, about 5e-4: there 8 bits decide the sign of what is clipped. So
 the first evaluation of a plan has a body of its own, and is exact where the others are not. On 40 windows of Push-T,
@@ -18,9 +19,10 @@ import torch
 from torch import nn
 
 from diffpolicy.diffusion.denoiser import Denoiser, NetworkDenoiser
+from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.diffusion.sampler import sample
 from diffpolicy.nets.network import Network
-from diffpolicy.parts import make_planner
+from diffpolicy.parts import make_planner, make_selector
 from diffpolicy.policy import Policy
 
 Body = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,21 +48,29 @@ class _BodyNetwork(nn.Module):
 
 
 class _Modulated(Denoiser):
-    """Hands the modulation of time `t`, one row of `(R, B, M)`, to the denoiser of that row's body."""
+    """Hands the modulation of time `t` to the denoiser of that time's body.
 
-    def __init__(self, bodies: Bodies, denoiser: NetworkDenoiser, rows: dict[float, int]) -> None:
+    Its condition is the policy's own, `cond_dim` numbers, then the modulations of all times: `(B, C + R M)`. A critic
+    reads the first of them, and repeating rows repeats all that belongs to them.
+    """
+
+    def __init__(self, bodies: Bodies, own: Body, denoiser: NetworkDenoiser, times: list[float], cond_dim: int) -> None:
         super().__init__()
-        self.first, self.rest = (
+        self.first, self.rest, self.own = (
             NetworkDenoiser(_BodyNetwork(body), denoiser.schedule, denoiser.prediction)
-            for body in (bodies.first, bodies.rest)
+            for body in (bodies.first, bodies.rest, own)
         )
         self.schedule = denoiser.schedule
-        self.rows = rows
+        self.rows = {t: row for row, t in enumerate(times)}
+        self.cond_dim = cond_dim
 
     def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         assert cond is not None and isinstance(t, float)
         row = self.rows[t]
-        return (self.rest if row else self.first)(x_t, t, cond[row])
+        modulation = cond[:, self.cond_dim :].unflatten(1, (len(self.rows), -1))[:, row].contiguous()
+        if x_t.requires_grad:  # compiled bodies have no derivative
+            return self.own(x_t, t, modulation)
+        return (self.rest if row else self.first)(x_t, t, modulation)
 
 
 class _Times(Denoiser):
@@ -69,34 +79,48 @@ class _Times(Denoiser):
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.schedule = denoiser.schedule
-        self.seen: dict[float, int] = {}
+        self.seen: list[float] = []
 
     def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         assert isinstance(t, float)
-        self.seen.setdefault(t, len(self.seen))
+        self.seen.append(t)
         return x_t
 
 
-def times_of(policy: Policy) -> dict[float, int]:
-    """Return the diffusion times that one sampling evaluates, each with its number in order."""
+def times_of(policy: Policy) -> list[float]:
+    """Return the diffusion times that one sampling evaluates, each once, in order; taking steps again adds none."""
     times, planner = _Times(policy.denoiser), policy.planner
     sample(times, planner.sampler, torch.zeros(planner.draws, 1, 1, 1), None, planner.steps)
-    return times.seen
+    return list(dict.fromkeys(times.seen))
 
 
-class Chain:
-    """`(cond, noise) -> chunk` in physical units, by the policy's sampler around bodies; never waits for the device."""
+def samples_of(policy: Policy) -> int:
+    """Return how many chunks are sampled a plan, of which one is kept."""
+    return 1 if policy.selection is None else policy.selection.config.samples
 
-    def __init__(self, policy: Policy, network: Network, bodies: Bodies, batch_size: int) -> None:
-        rows = times_of(policy)
-        denoiser = _Modulated(bodies, policy.denoiser, rows)
-        self.network = network
-        self.normalizer = policy.normalizer
-        self.times = torch.tensor(list(rows), device=policy.device).repeat_interleave(batch_size)
-        self.planner = make_planner(denoiser, policy.denoiser_config.clip, policy.sampler_config)
 
-    def __call__(self, cond: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+class Chain(nn.Module):
+    """`(cond, noise, prefix) -> chunk` in physical units, by the policy's sampler around bodies.
+
+    Never waits for the device.
+    """
+
+    times: torch.Tensor
+
+    def __init__(self, policy: Policy, network: Network, bodies: Bodies, batch_size: int, cond_dim: int) -> None:
+        super().__init__()
+        times = times_of(policy)
+        self.network, self.normalizer, self.batch_size = network, policy.normalizer, batch_size
+        self.joining = policy.joining
+        self.register_buffer("times", torch.tensor(times, device=policy.device).repeat_interleave(batch_size))
+        self.denoiser = _Modulated(bodies, network.body, policy.denoiser, times, cond_dim)
+        planner = make_planner(self.denoiser, policy.denoiser_config.clip, policy.sampler_config)
+        self.planner = make_selector(planner, policy.selection)
+
+    def forward(self, cond: torch.Tensor, noise: torch.Tensor, prefix: Prefix | None = None) -> torch.Tensor:
         """Sample `(B, Tp, Da)` from `cond (B, C)` and `noise (draws, B, Tp, Da)`."""
-        repeats = len(self.times) // len(cond)
+        repeats = len(self.times) // self.batch_size
         modulation = self.network.modulation(self.times, cond.repeat(repeats, 1))
-        return self.normalizer.decode_action(self.planner(modulation.view(repeats, len(cond), -1), noise))
+        rows = modulation.view(repeats, self.batch_size, -1).transpose(0, 1).flatten(1)
+        planner = self.planner if prefix is None else self.joining(self.denoiser, prefix)
+        return self.normalizer.decode_action(planner(torch.cat([cond, rows], dim=1), noise))

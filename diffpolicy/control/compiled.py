@@ -8,13 +8,14 @@ it, and keeps the fastest of those within the limit. What it found stands in `Co
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from diffpolicy.control.backends import BACKENDS, Job, usable_on
 from diffpolicy.control.chain import Bodies
+from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import DiffPolicyError, PolicyError
 from diffpolicy.parts import SamplerConfig
 from diffpolicy.policy import Policy
@@ -61,23 +62,28 @@ class CompiledPlan:
         return CompiledPlan(Job(self._policy.with_sampler(config), self.batch_size), self.backend, self._bodies)
 
     @torch.inference_mode()
-    def __call__(self, history: Mapping[str, torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, history: Mapping[str, torch.Tensor], noise: torch.Tensor, prefix: Prefix | None = None
+    ) -> torch.Tensor:
         """Sample chunks of actions; arguments and result as `Policy.plan`.
 
         Raises:
             PolicyError: if a shape or the device is not the policy's.
         """
-        self._check(history, noise)
+        draws = self._policy.planner.draws if prefix is None else self._policy.draws(prefix.repeats)
+        self._check(history, noise, draws, prefix)
         policy, n, size = self._policy, noise.shape[1], self.batch_size
-        cond, noise = policy.encoder(policy.normalizer.encode_obs(history)), noise[: policy.planner.draws]
+        cond, noise = policy.encoder(policy.normalizer.encode_obs(history)), noise[:draws]
         if n == size:
-            return self._chain(cond, noise)
+            return self._chain(cond, noise, prefix)
         filled = torch.arange(-(-n // size) * size, device=noise.device).clamp_(max=n - 1)
-        pieces = [self._chain(cond[rows], noise[:, rows]) for rows in filled.split(size)]
+        pieces = [self._chain(cond[rows], noise[:, rows], _of_rows(prefix, rows)) for rows in filled.split(size)]
         return torch.cat(pieces)[:n]
 
-    def _check(self, history: Mapping[str, torch.Tensor], noise: torch.Tensor) -> None:
-        spec, draws, device = self._policy.spec, self._policy.planner.draws, self._policy.device
+    def _check(
+        self, history: Mapping[str, torch.Tensor], noise: torch.Tensor, draws: int, prefix: Prefix | None
+    ) -> None:
+        spec, device = self._policy.spec, self._policy.device
         n = noise.shape[1] if noise.ndim == 4 else 0
         found = {name: tuple(history[name].shape) for name in spec.obs_shapes if name in history}
         wanted = {name: (n, spec.n_obs_steps, *shape) for name, shape in spec.obs_shapes.items()}
@@ -89,6 +95,17 @@ class CompiledPlan:
             )
         if noise.device != device:
             raise PolicyError(f"the noise is on {noise.device} and the plan was compiled on {device}; compile it there")
+        if prefix is not None and prefix.chunk.shape != noise.shape[1:]:
+            raise PolicyError(
+                f"got a prefix {tuple(prefix.chunk.shape)} and noise {tuple(noise.shape)}; give one known chunk a plan"
+            )
+
+
+def _of_rows(prefix: Prefix | None, rows: torch.Tensor) -> Prefix | None:
+    if prefix is None:
+        return None
+    weights = prefix.weights.to(rows.device).expand(prefix.chunk.shape[:2])
+    return replace(prefix, chunk=prefix.chunk[rows], weights=weights[rows])
 
 
 def compile_plan(policy: Policy, batch_size: int = 1, backend: str = "auto", limit: float = 0.01) -> CompiledPlan:
@@ -170,13 +187,16 @@ def measure(plan: CompiledPlan, policy: Policy, limit: float) -> Measured:
     return Measured(plan.backend, p50, difference, why)
 
 
-def example(policy: Policy, batch_size: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Histories spread over the range of the data, and noise, on the policy's device: arguments of `plan`."""
+def example(
+    policy: Policy, batch_size: int, seed: int, edges: bool = False
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Histories spread over the range of the data, or over its corners, and noise: arguments of `plan`."""
     generator, spec = torch.Generator().manual_seed(seed), policy.spec
     history = {}
     for name, shape in spec.obs_shapes.items():
         low, high = (bound.cpu() for bound in (policy.normalizer[name].minimum, policy.normalizer[name].maximum))
         spread = torch.rand(batch_size, spec.n_obs_steps, *shape, generator=generator)
+        spread = spread.round() if edges else spread
         history[name] = (low + (high - low) * spread).to(policy.device)
     noise = torch.randn(policy.planner.draws, batch_size, spec.horizon, spec.action_dim, generator=generator)
     return history, noise.to(policy.device)

@@ -13,14 +13,28 @@ from diffpolicy.control.compiled import CompiledPlan, Measured, build, compile_p
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.selection import BestOf
+from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk
+from diffpolicy.diffusion.prefix import Prefix, prefix_weights
 from diffpolicy.errors import MissingExtraError, PolicyError
+from diffpolicy.guides import ValueGuidance
 from diffpolicy.nets.product import Compressed, Exact, with_products
-from diffpolicy.parts import SAMPLERS, DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
+from diffpolicy.parts import (
+    MOST_STEPS,
+    SAMPLERS,
+    CriticConfig,
+    DenoiserConfig,
+    SamplerConfig,
+    Selection,
+    SelectionConfig,
+    make_critic,
+    make_denoiser,
+    make_encoder,
+)
 from diffpolicy.policy import Policy
 
 NETWORKS = {"unet1d": DenoiserConfig(down_dims=(16, 32), kernel_size=3), "mlp": DenoiserConfig("mlp", hidden_dim=32)}
 QUICK = [name for name in usable_on("cpu") if name != "inductor"]  # which takes half a minute to compile
+DENOISING = [name for name in SAMPLERS if name not in MOST_STEPS]
 EXACT = [name for name in QUICK if "-" not in name]
 TOLERANCE = {name: 0.01 if "-" in name else 1e-4 for name in BACKENDS}
 
@@ -72,12 +86,18 @@ def assert_equal_plans(plan: CompiledPlan, policy: Policy, batch_size: int) -> N
 
 
 @pytest.mark.parametrize(
-    "config", [*(SamplerConfig(name, 3) for name in SAMPLERS), SamplerConfig("ddim", 5, 0.7)], ids=str
+    "config", [*(SamplerConfig(name, 3) for name in DENOISING), SamplerConfig("ddim", 5, 0.7)], ids=str
 )
 @pytest.mark.parametrize("backend", QUICK)
 def test_a_plan_of_the_u_net_equals_the_policys_under_every_sampler_around_one_compiled_body(backend, config):
     plan = compiled(backend).with_sampler(config)
     assert_equal_plans(plan, make_policy().with_sampler(config), 1)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("mip", 2), ("mip", 1), ("one_step", 1)])
+def test_a_plan_of_one_or_two_steps_equals_the_policys(sampler, steps):
+    policy = make_policy(sampler=sampler, steps=steps)
+    assert_equal_plans(build(Job(policy, 1), "eager"), policy, 2)
 
 
 @pytest.mark.parametrize("backend", EXACT)
@@ -136,8 +156,7 @@ def test_another_sampler_of_a_compiled_policy_is_not_planned_by_the_old_one():
 @pytest.mark.parametrize(("sampler", "steps", "count"), [("ddim", 10, 10), ("heun", 5, 5), ("dpm++2m", 4, 4)])
 def test_the_modulation_is_worked_out_once_for_each_time_a_sampler_evaluates(sampler, steps, count):
     times = times_of(make_policy(sampler=sampler, steps=steps))
-    assert list(times) == pytest.approx([1 - i / steps for i in range(count)])
-    assert list(times.values()) == list(range(count))
+    assert times == pytest.approx([1 - i / steps for i in range(count)])
 
 
 def test_products_in_8_bits_are_within_1_over_254_of_a_rows_largest_weight():
@@ -201,11 +220,45 @@ def test_what_cannot_be_compiled_is_refused_in_one_sentence(monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_a_policy_that_chooses_among_samples_is_refused_in_one_sentence():
-    policy = make_policy().with_sampler(SamplerConfig("ddim", 3))
-    policy.planner = BestOf(policy.planner, lambda cond, chunk: chunk[:, 0, 0], 2)
-    with pytest.raises(PolicyError, match="chooses among several samples"):
-        compile_plan(policy, backend="eager")
+@pytest.mark.parametrize("heat", [0.0, 0.5])
+@pytest.mark.parametrize("backend", EXACT)
+def test_a_compiled_plan_takes_the_best_of_4_samples_as_the_policy_does(backend, heat):
+    policy, critic = make_policy("mlp"), CriticConfig(hidden=(16,))
+    parts = policy.spec, policy.normalizer, policy.encoder, policy.denoiser, policy.denoiser_config
+    torch.manual_seed(1)
+    choice = Selection(make_critic(critic, *parts[:2]), critic, SelectionConfig(4, heat))
+    choosing = Policy(*parts, policy.sampler_config, selection=choice)
+    compiled(backend, "mlp")  # skips where it cannot run
+    assert_equal_plans(build(Job(choosing, 2), backend), choosing, 3)
+
+
+@pytest.mark.parametrize("guide", [Pinned, RealTimeChunk])
+@pytest.mark.parametrize("backend", QUICK)
+def test_a_compiled_plan_of_3_joins_5_former_chunks_as_the_policy_does_with_each_step_taken_twice(backend, guide):
+    policy, plan = make_policy(), compiled(backend, batch_size=3)
+    history, _ = example(policy, 5, 0)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(policy.draws(2), 5, 8, 2, generator=generator)
+    former = torch.rand(5, 8, 2, generator=generator) * 7 - 2
+    for weights in (prefix_weights(8, 1, 2, 6), torch.rand(5, 8, generator=generator)):
+        prefix = Prefix(former, weights, guide, repeats=2)
+        joined = policy.with_plan(plan).plan(history, noise, prefix)
+        assert share_of_range(policy, joined, policy.plan(history, noise, prefix)) <= TOLERANCE[backend]
+        assert share_of_range(policy, joined, plan(history, noise)) > 0.05
+
+
+def test_a_prefix_of_another_batch_and_a_guided_policy_are_refused_in_one_sentence():
+    policy, plan = make_policy(), compiled("eager")
+    history, noise = example(policy, 2, 0)
+    guided = make_policy().with_sampler(SamplerConfig("ddim", 3))
+    guided.guidance = ValueGuidance()
+    for refused, words in (
+        (lambda: plan(history, noise, Prefix(noise[0, :1], prefix_weights(8, 1, 2, 6))), "one known chunk a plan"),
+        (lambda: compile_plan(guided, backend="eager"), "this policy is guided"),
+    ):
+        with pytest.raises(PolicyError, match=words) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
 
 
 def test_arguments_of_other_shapes_are_refused_in_one_sentence():
@@ -227,7 +280,7 @@ def test_arguments_of_other_shapes_are_refused_in_one_sentence():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("backend", ["cudagraph", "cudagraph-bf16"])
-@pytest.mark.parametrize("config", [SamplerConfig(name, 3) for name in SAMPLERS], ids=str)
+@pytest.mark.parametrize("config", [SamplerConfig(name, 3) for name in DENOISING], ids=str)
 def test_a_captured_plan_equals_the_policys_and_keeps_its_results(backend, config):
     policy = Policy.with_sampler(make_policy(), config).to("cuda")
     plan = compile_plan(policy, 3, backend)
