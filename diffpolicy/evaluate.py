@@ -124,6 +124,38 @@ def outcomes(episodes: Episodes, success: str | None, score: str | None, referen
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How chunks were joined while plans came late.
+
+    `delay` is in control steps, None where each plan's own time counted; `steps` is what the plans took, `p50` and
+    `max`. `jumps (E,)` is the mean change of velocity at the borders of an episode's chunks as a share of the action's
+    range, not a number where an episode has no border; `jump` is the mean of that.
+    """
+
+    strategy: str
+    delay: int | None
+    steps: Mapping[str, float]
+    jumps: np.ndarray
+
+    @property
+    def jump(self) -> Estimate | None:
+        """Mean over the episodes that have a border."""
+        known = self.jumps[np.isfinite(self.jumps)]
+        return bootstrap(known) if len(known) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        e = self.jump
+        jump = None if e is None else {"mean": e.value, "ci95": [e.low, e.high]}
+        return {"strategy": self.strategy, "delay": self.delay, "steps": dict(self.steps), "jump": jump}
+
+    def __str__(self) -> str:
+        """Return what the plans took."""
+        told = "" if self.delay is None else f"a delay of {self.delay} steps; "
+        return f"{self.strategy}, {told}plans took {self.steps['p50']:.0f} steps, {self.steps['max']:.0f} at most"
+
+
+@dataclass(frozen=True)
 class Report:
     """What `report.json` holds; intervals are 95 %."""
 
@@ -142,11 +174,12 @@ class Report:
     nfe: int
     device: str
     versions: Mapping[str, str]
-    by_episode: Mapping[str, list[float]]
+    by_episode: Mapping[str, list[float | None]]
+    execution: Execution | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        values = asdict(self)
+        values = asdict(self) | {"execution": self.execution and self.execution.to_json()}
         named = {"return": values.pop("returns"), **values}
         for key, inner in (("return", "mean"), ("success", "rate"), ("score", "mean")):
             e = named[key]
@@ -172,10 +205,20 @@ class Report:
             ("success", f"{self.success}  ({self.success_rule})" if self.success else "not defined for this task"),
             *([("score", f"{self.score}  ({self.score_kind})")] if self.score else []),
             ("length", f"{self.length:.1f} steps"),
+            *self._execution_rows(),
             ("sampler", f"{self.sampler}, {self.nfe} network evaluations on {self.device}"),
             ("plan", f"p50 {self.plan_ms['p50']:.1f} ms, p99 {self.plan_ms['p99']:.1f} ms at batch 1"),
         ]
         return "\n".join(f"  {name:<12} {value}" for name, value in rows)
+
+    def _execution_rows(self) -> list[tuple[str, str]]:
+        if self.execution is None:
+            return []
+        jump = self.execution.jump or "no chunk had a border"
+        return [
+            ("strategy", str(self.execution)),
+            ("jump", f"{jump}  (change of velocity at borders, of the range)"),
+        ]
 
 
 def plan_latency(policy: Policy) -> dict[str, float]:
@@ -202,16 +245,20 @@ def play_unseen(
     seed: int,
     asynchronous: bool = False,
     on_episode: Callable[[int], object] = lambda done: None,
+    policy: Policy | None = None,
 ) -> Episodes:
     """Play episodes on seeds `seed, seed + 1, ...`; `on_episode` hears how many are done.
+
+    `policy` is whose sizes must be the environment's; not needed where it is itself the actor.
 
     Raises:
         PolicyError: if the policy's sizes differ from the environment's.
     """
     envs = make_envs(env_id, min(episodes, PARALLEL), env_kwargs, asynchronous)
     try:
-        if isinstance(actor, Policy):
-            actor.check_spaces(envs.single_observation_space, envs.single_action_space)
+        policy = actor if isinstance(actor, Policy) else policy
+        if policy is not None:
+            policy.check_spaces(envs.single_observation_space, envs.single_action_space)
         return rollout(actor, envs, episodes, seed, on_episode=on_episode)
     finally:
         envs.close()
@@ -224,6 +271,7 @@ def summarise(
     success: str | None = None,
     score: str | None = None,
     reference: str | Reference | None = None,
+    execution: Execution | None = None,
 ) -> Report:
     """Reduce played episodes to a report; see `outcomes` for the arguments.
 
@@ -235,6 +283,7 @@ def summarise(
     policy = actor if isinstance(actor, Policy) else None
     sampler = policy.sampler_config if policy else None
     by_episode = {"return": found.returns, "success": found.success, "score": found.score}
+    by_episode["jump"] = None if execution is None else execution.jumps
     return Report(
         env_id=episodes.meta["env_id"],
         env_kwargs=episodes.meta["env_kwargs"],
@@ -251,7 +300,10 @@ def summarise(
         nfe=policy.planner.evaluations if policy else 0,
         device=str(policy.device) if policy else "cpu",
         versions=versions,
-        by_episode={k: [float(x) for x in v] for k, v in by_episode.items() if v is not None},
+        by_episode={
+            k: [float(x) if np.isfinite(x) else None for x in v] for k, v in by_episode.items() if v is not None
+        },
+        execution=execution,
     )
 
 
@@ -310,8 +362,12 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Comparison]:
     for key in ("env_id", "env_kwargs", "seeds"):
         if a[key] != b[key]:
             raise DatasetError(f"the reports differ in {key}: {a[key]} and {b[key]}; evaluate both on the same seeds")
-    return [
-        Comparison(name, float(np.mean(x)), float(np.mean(y)), bootstrap(np.asarray(y) - np.asarray(x)))
+    pairs = {
+        name: np.array([x, b["by_episode"].get(name)], dtype=np.float64)
         for name, x in a["by_episode"].items()
-        if (y := b["by_episode"].get(name)) is not None
+        if name in b["by_episode"]
+    }
+    known = {name: pair[:, np.isfinite(pair).all(0)] for name, pair in pairs.items()}
+    return [
+        Comparison(name, float(x.mean()), float(y.mean()), bootstrap(y - x)) for name, (x, y) in known.items() if len(x)
     ]

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.errors import MissingExtraError
@@ -71,6 +72,70 @@ def comparison(rows: Sequence[Any], names: tuple[str, str]) -> Figure:
     axis.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows], xlabel=f"{names[1]} minus {names[0]}")
     plt.close(figure)
     return figure
+
+
+def latency(found: dict[str, Any], budget_ms: float | None = None) -> Figure:
+    """Draw what `diffpolicy bench` found: the score of each sampler over its quickest median plan, steps beside it."""
+    figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    points: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for score in found["scores"]:
+        rows = [row for row in found["rows"] if row["sampler"] == score["sampler"] and row["latency"] is not None]
+        if rows:
+            quickest = min(rows, key=lambda row: row["latency"]["p50"])
+            points.setdefault(score["sampler"]["sampler"], []).append((quickest, score))
+    for k, (name, line) in enumerate(points.items()):
+        x = [row["latency"]["p50"] for row, _ in line]
+        backends = ", ".join(sorted({row["backend"] for row, _ in line}))
+        estimates(axis, x, [score for _, score in line], color=f"C{k}", label=f"{name} on {backends}")
+        for at, (row, score) in zip(x, line, strict=True):
+            place = {"xytext": (3, 4), "textcoords": "offset points", "color": f"C{k}", "fontsize": 8}
+            axis.annotate(str(row["sampler"]["steps"]), (at, score["value"]), **place)
+    if budget_ms is not None:
+        axis.axvline(budget_ms, color="grey", linestyle="--", linewidth=0.8, label=f"budget of {budget_ms:g} ms")
+    first = found["scores"][0]
+    axis.set(xscale="log", xlabel="median milliseconds of one plan; numbers are steps")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.set_ylabel(f"{first['kind']} of {first['episodes']} episodes, 95 %")
+    axis.legend(fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def delays(cells: Sequence[dict[str, Any]], title: str) -> Figure:
+    """Draw the score (or success) of each strategy over the delay, and beside it the jump at the borders of chunks.
+
+    Each cell has `strategy`, `delay`, `kind`, `quality` and `jump`, the latter two `{value, low, high}`; no jump, no
+    point.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, layout="constrained")
+    names = list(dict.fromkeys(cell["strategy"] for cell in cells))
+    for k, name in enumerate(names):
+        line = sorted((cell for cell in cells if cell["strategy"] == name), key=lambda cell: cell["delay"])
+        for axis, key in zip(axes, ("quality", "jump"), strict=True):
+            known = [cell for cell in line if cell[key] is not None]
+            beside = [cell["delay"] + 0.07 * (k - (len(names) - 1) / 2) for cell in known]
+            if known:
+                estimates(axis, beside, [cell[key] for cell in known], color=f"C{k}", label=name)
+    axes[0].set(ylabel=cells[0]["kind"], title=f"{cells[0]['kind']} of {cells[0]['episodes']} episodes, 95 %")
+    if max(cell["quality"]["high"] for cell in cells) <= 1:
+        axes[0].set_ylim(-0.02, 1.02)
+    axes[1].set(ylabel="share of the action's range", title="change of velocity between chunks")
+    axes[1].set_ylim(bottom=0)
+    axes[1].set_xticks(sorted({cell["delay"] for cell in cells}))
+    axes[1].legend(fontsize=8)
+    figure.supxlabel("delay in control steps")
+    figure.suptitle(title)
+    plt.close(figure)
+    return figure
+
+
+def estimates(axis: Axes, x: Sequence[float], found: Sequence[dict[str, Any]], **style: Any) -> None:
+    """Draw a line through `value`s with their intervals `low` to `high`."""
+    y = np.array([[e["value"], e["low"], e["high"]] for e in found]).T
+    look = {"marker": "o", "markersize": 4, "linewidth": 0.9, "capsize": 2, **style}
+    axis.errorbar(x, y[0], yerr=[y[0] - y[1], y[2] - y[0]], **look)
 
 
 def save_video(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:

@@ -86,3 +86,14 @@ def test_evaluate_reports_what_it_played(tmp_path):
     wanted = {"env_id", "env_kwargs", "episodes", "seeds", "success_rule", "return", "success", "score", "plan_ms",
               "sampler", "nfe", "device", "versions"}  # fmt: skip
     assert wanted <= set(values)
+
+
+def test_episodes_without_a_number_in_either_report_are_left_out_of_its_comparison():
+    """An episode of one chunk has no jump: of three pairs one is whole, 0.4 - 0.1."""
+    shared = {"env_id": "E", "env_kwargs": {}, "seeds": [0, 2]}
+    a = {**shared, "by_episode": {"return": [1.0, 2.0, 3.0], "jump": [0.1, None, 0.3]}}
+    b = {**shared, "by_episode": {"return": [2.0, 3.0, 4.0], "jump": [0.4, 0.2, None]}}
+    found = {row.name: row for row in compare(a, b)}
+    assert found["return"].difference.value == pytest.approx(1.0)
+    assert (found["jump"].a, found["jump"].b) == (0.1, 0.4)
+    assert found["jump"].difference.value == pytest.approx(0.3)

@@ -1,20 +1,26 @@
-"""`diffpolicy evaluate`: a trained policy plays unseen seeds, and the report has intervals."""
+"""`diffpolicy evaluate`: a trained policy plays unseen seeds, and the report has intervals.
+
+With --delay or --real-time its plans come late (`late.py`).
+"""
 
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from diffpolicy import pictures
 from diffpolicy import train as training
-from diffpolicy.cli.shared import json_object, progress_bar, read_config
+from diffpolicy.cli.late import LateArgs, evaluate_late
+from diffpolicy.cli.shared import Flat, json_object, progress_bar, read_config
+from diffpolicy.control.delays import World
 from diffpolicy.data import scores
 from diffpolicy.errors import PolicyError, SpecError, first_line
 from diffpolicy.evaluate import measure, play_unseen, summarise
+from diffpolicy.parts import SelectionConfig
 from diffpolicy.policy import Policy
 from diffpolicy.rollout import record
 from diffpolicy.tables import Task, get_task
@@ -40,6 +46,14 @@ class EvaluateArgs:
     """Instead of the policy's own."""
     steps: int | None = None
     """Sampler steps, instead of the policy's own."""
+    samples: int | None = None
+    """Chunks from which the policy's critic chooses, instead of its own number."""
+    temperature: float | None = None
+    """Of that choice: 0 takes the best."""
+    guidance_weight: float | None = None
+    """Of a guided policy: 0 imitates the data."""
+    guidance_goal: float | None = None
+    """What a policy that is told its goal is told, 1 for the data's best."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     out: Path | None = None
@@ -48,6 +62,7 @@ class EvaluateArgs:
     """One process an environment."""
     video: bool = True
     """Film the first episode, where the renderer works."""
+    late: Annotated[LateArgs, Flat] = field(default_factory=LateArgs)
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -55,9 +70,21 @@ def evaluate(argv: Sequence[str]) -> None:
     args = tyro.cli(EvaluateArgs, args=argv, prog="diffpolicy evaluate")
     if args.episodes < 1:
         raise SpecError(f"--episodes is {args.episodes}; give at least 1")
-    policy = load_policy(args.run, args.device, args.sampler, args.steps)
-    task = _task_of(args)
+    policy = _acting(load_policy(args.run, args.device, args.sampler, args.steps), args)
+    task = task_of(args)
     measure(task.score, task.reference, task.env_id)  # what cannot be scored is refused before it is played
+    if args.late.wanted:
+        world = World(
+            task.env_id,
+            task.env_kwargs,
+            args.episodes,
+            args.seed,
+            task.success,
+            task.score,
+            task.reference,
+            args.asynchronous,
+        )
+        return evaluate_late(policy, args.late, world, args.out or args.run / "eval-late", args.device)
     with progress_bar() as bar:
         row = bar.add_task("evaluating", total=args.episodes)
         played = play_unseen(
@@ -79,7 +106,7 @@ def evaluate(argv: Sequence[str]) -> None:
         print(f"  video        {film(policy, task, args.seed, out / 'episode.mp4')}")
 
 
-def _task_of(args: EvaluateArgs) -> Task:
+def task_of(args: EvaluateArgs) -> Task:
     """Return the task to play: the environment or task named, else the run's task, else its dataset's environment."""
     if args.env is not None:
         return Task(env_id=args.env, env_kwargs=json_object(args.env_kwargs))
@@ -100,6 +127,18 @@ def _task_of(args: EvaluateArgs) -> Task:
     if reference is None or reference.why_not(task.env_id):
         return task
     return dataclasses.replace(task, score=reference.kind, reference=reference)
+
+
+def _acting(policy: Policy, args: EvaluateArgs) -> Policy:
+    """Return the policy with the choosing and the guidance asked for."""
+    if args.samples is not None or args.temperature is not None:
+        own = policy.selection.config if policy.selection else SelectionConfig()
+        samples = own.samples if args.samples is None else args.samples
+        temperature = own.temperature if args.temperature is None else args.temperature
+        policy = policy.with_selection(SelectionConfig(samples, temperature))
+    if args.guidance_weight is not None or args.guidance_goal is not None:
+        policy = policy.with_guidance(args.guidance_weight, args.guidance_goal)
+    return policy
 
 
 def load_policy(run: Path, device: str, sampler: str | None, steps: int | None) -> Policy:

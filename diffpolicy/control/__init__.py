@@ -10,6 +10,7 @@ from diffpolicy.lazy import import_when_used
 if TYPE_CHECKING:
     from diffpolicy.control.client import Client
     from diffpolicy.control.compiled import compile_plan
+    from diffpolicy.control.delayed import Delayed
     from diffpolicy.control.limits import Limits
     from diffpolicy.control.loop import Safety, Stamped
     from diffpolicy.control.remote import RemotePolicy
@@ -23,6 +24,7 @@ import_when_used(
     {
         "diffpolicy.control.client": ("Client",),
         "diffpolicy.control.compiled": ("compile_plan",),
+        "diffpolicy.control.delayed": ("Delayed",),
         "diffpolicy.control.limits": ("Limits",),
         "diffpolicy.control.loop": ("Safety", "Stamped"),
         "diffpolicy.control.remote": ("RemotePolicy",),
@@ -36,6 +38,7 @@ import_when_used(
 __all__ = [
     "Bidirectional",
     "Client",
+    "Delayed",
     "Door",
     "Ensemble",
     "Limits",

@@ -7,47 +7,22 @@ A chunk is bound to the number of the action that its observation belongs to, so
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from diffpolicy.control.clock import Outcome, Worker
 from diffpolicy.control.limits import Limiter, Limits
+from diffpolicy.control.plans import Ask, plan_chunks
 from diffpolicy.control.report import Counts, Range, Report
 from diffpolicy.control.strategies import Chunk, reach
-from diffpolicy.data.normalizer import Normalizer
-from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.policy import Obs, name_observations
 
 if TYPE_CHECKING:
     from diffpolicy.control.runner import Runner
 
 RECENT_DELAYS = 10
-
-
-class Planner(Protocol):
-    """What a runner needs of a policy."""
-
-    spec: Spec
-    normalizer: Normalizer
-
-    @property
-    def device(self) -> torch.device:
-        """Where it plans."""
-        ...
-
-    def draws(self, repeats: int = 1) -> int:
-        """Noise tensors of a plan."""
-        ...
-
-    def plan(
-        self, history: Mapping[str, torch.Tensor], noise: torch.Tensor, prefix: Prefix | None = None
-    ) -> torch.Tensor:
-        """Chunks `(B, Tp, Da)`, physical units."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -231,20 +206,10 @@ class Loop:
         self, history: Mapping[str, np.ndarray], number: int, former: Chunk | None, origin: int
     ) -> Callable[[], np.ndarray]:
         """Return the plan as a function without arguments, for another thread: it reads nothing that changes."""
-        policy, strategy, spec, delay = self.runner.policy, self.runner.strategy, self.spec, self.delay
         stream = np.random.default_rng([self.runner.seed, 0, number])  # that of episode 0 in `Policy.predict`
-
-        def job() -> np.ndarray:
-            device, n = policy.device, strategy.samples
-            prefix = None if former is None else strategy.prefix(spec, former, origin, delay)
-            shape = (policy.draws(prefix.repeats if prefix else 1), n, spec.horizon, spec.action_dim)
-            noise = stream.standard_normal(shape, dtype=np.float32)
-            batch = {name: torch.from_numpy(rows[None].repeat(n, 0)).to(device) for name, rows in history.items()}
-            known = None if prefix is None else replace(prefix, chunk=prefix.chunk.to(device).repeat(n, 1, 1))
-            chunks = policy.plan(batch, torch.from_numpy(noise).to(device), known).cpu().numpy().astype(np.float64)
-            return chunks[strategy.choose(chunks, former, origin, delay)]
-
-        return job
+        ask = Ask(history, stream, former, origin, self.delay)
+        policy, strategy = self.runner.policy, self.runner.strategy
+        return lambda: plan_chunks(policy, strategy, [ask])[0]
 
     def _collect(self) -> None:
         """Take the chunk that has become ready."""

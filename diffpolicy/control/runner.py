@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from diffpolicy.control.clock import Clock, Metronome, ThreadWorker, WallClock, Watchdog, Worker
-from diffpolicy.control.loop import Loop, Planner, Safety, Stamped
+from diffpolicy.control.loop import Loop, Safety, Stamped
 from diffpolicy.control.report import Report
-from diffpolicy.control.strategies import Strategy, Synchronous, reach
+from diffpolicy.control.strategies import Planner, Strategy, Synchronous, check_delay
 from diffpolicy.errors import ControlError
 from diffpolicy.policy import Obs
 
@@ -58,12 +58,7 @@ class Runner:
                 f"got rate_hz {self.rate_hz}, delay {self.delay} and warm_up {self.warm_up}; give a rate above 0 and "
                 "whole numbers of at least 0"
             )
-        if spec.n_action_steps + self.delay > reach(spec):
-            last = spec.n_obs_steps - 1 + spec.n_action_steps + self.delay
-            raise ControlError(
-                f"n_obs_steps {spec.n_obs_steps} - 1 + n_action_steps {spec.n_action_steps} + delay {self.delay} "
-                f"= {last} exceeds horizon {spec.horizon}; train with a longer horizon, execute fewer or plan faster"
-            )
+        check_delay(spec, self.delay)
         trained = spec.control_period
         if trained is not None and abs(trained * self.rate_hz - 1) > 0.01:
             raise ControlError(

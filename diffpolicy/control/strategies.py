@@ -9,15 +9,40 @@ on `Ta` are executed; `d + Ta <= H` has to hold. A strategy is a value: it keeps
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.guidance import RealTimeChunk
+from diffpolicy.diffusion.guidance import RealTimeChunk, Trained
 from diffpolicy.diffusion.prefix import Decay, Guide, Prefix, linear, prefix_weights
+from diffpolicy.errors import ControlError
+
+
+class Planner(Protocol):
+    """What control needs of a policy."""
+
+    spec: Spec
+    normalizer: Normalizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where it plans."""
+        ...
+
+    def draws(self, repeats: int = 1) -> int:
+        """Noise tensors of a plan."""
+        ...
+
+    def plan(
+        self, history: Mapping[str, torch.Tensor], noise: torch.Tensor, prefix: Prefix | None = None
+    ) -> torch.Tensor:
+        """Chunks `(B, Tp, Da)`, physical units."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,13 @@ class Strategy(ABC):
     """Chunks sampled a plan, of which `choose` takes one."""
     repeats: int = 1
     """How often each step of the sampler is taken."""
+    weak: Planner | None = None
+    """A worse policy whose samples `choose` sees too."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the policy must have been trained to continue chunks (`DenoiserConfig.max_delay`)."""
+        return False
 
     def due(self, spec: Spec, since: int, delay: int) -> bool:
         """Whether to ask for a chunk, `since` actions after the last one's origin, if it takes `delay` of them."""
@@ -63,14 +95,30 @@ class Strategy(ABC):
         """Return what a chunk with this origin must agree with."""
         return None
 
-    def choose(self, chunks: np.ndarray, former: Chunk | None, origin: int, delay: int) -> int:
-        """Return which of the sampled chunks `(samples, Tp, Da)` to take."""
+    def choose(
+        self, chunks: np.ndarray, former: Chunk | None, origin: int, delay: int, weak: np.ndarray | None = None
+    ) -> int:
+        """Return which of the sampled chunks `(samples, Tp, Da)` to take, given the weak policy's, if there is one."""
         return 0
 
 
 def reach(spec: Spec) -> int:
     """Return `H`, actions of a chunk from the current step's on."""
     return spec.horizon - spec.n_obs_steps + 1
+
+
+def check_delay(spec: Spec, delay: int) -> None:
+    """Refuse a delay for which chunks are too short.
+
+    Raises:
+        ControlError: if `n_obs_steps - 1 + n_action_steps + delay` exceeds the horizon.
+    """
+    if spec.n_action_steps + delay > reach(spec):
+        last = spec.n_obs_steps - 1 + spec.n_action_steps + delay
+        raise ControlError(
+            f"n_obs_steps {spec.n_obs_steps} - 1 + n_action_steps {spec.n_action_steps} + delay {delay} "
+            f"= {last} exceeds horizon {spec.horizon}; train with a longer horizon, execute fewer or plan faster"
+        )
 
 
 def _newest(chunks: Sequence[Chunk], number: int) -> np.ndarray | None:
@@ -135,7 +183,8 @@ class RealTime(Strategy):
     The actions that will be executed while it is planned are frozen; those after them count less and less.
 
     Args:
-        guide: `RealTimeChunk` (guided through the Jacobian), `Pinned` (inpainting), either with options by `partial`.
+        guide: `RealTimeChunk` (guided through the Jacobian), `Pinned` (inpainting), either with options by `partial`,
+            or `Trained` (with `hard`), for networks that learnt to continue chunks.
         decay: of the weights after the frozen actions: `linear`, `exponential`, or `hard` for none.
         repeats: RePaint's, for `Pinned`.
     """
@@ -143,6 +192,11 @@ class RealTime(Strategy):
     guide: Guide = RealTimeChunk
     decay: Decay = linear
     repeats: int = 1
+
+    @property
+    def trained(self) -> bool:
+        """Whether the network continues what is known by itself."""
+        return self.guide is Trained
 
     def action(self, chunks: Sequence[Chunk], number: int) -> np.ndarray | None:
         """Take it from the newest chunk."""
@@ -161,26 +215,55 @@ class RealTime(Strategy):
 
 @dataclass(frozen=True)
 class Bidirectional(Strategy):
-    """Bidirectional decoding, its backward half (Liu et al. 2024): of several samples the nearest to the former chunk.
+    """Bidirectional decoding (Liu et al. 2024): of several samples the one nearest to the former chunk and likeliest.
 
-    `argmin_i sum_k decay^k |a_i,k - former_k|` over the actions both know, from the first one to be executed on. Its
-    forward half, the contrast with a weaker policy, is left out.
+    With `|a - b|` the mean distance of two chunks over their actions from the first one to be executed on, and `K` the
+    `samples / modes` samples of least `backward`, of this policy and of a weak one (an early checkpoint):
+
+        backward_i = sum_k decay^k |a_i,k - former_k| / sum_k decay^k          over the actions both know
+        forward_i  = mean |a_i - a_j| over the K/2 nearest strong j  -  the same over the K/2 nearest weak j
+        choice     = argmin over K of backward_i + forward_i
+
+    Without a weak policy there is no forward half, and the choice is the least backward one.
     """
 
     samples: int = 16
     decay: float = 0.5
+    modes: int = 3
+    weak: Planner | None = None
 
     def action(self, chunks: Sequence[Chunk], number: int) -> np.ndarray | None:
         """Take it from the newest chunk."""
         return _newest(chunks, number)
 
-    def choose(self, chunks: np.ndarray, former: Chunk | None, origin: int, delay: int) -> int:
-        """Return the nearest."""
+    def choose(
+        self, chunks: np.ndarray, former: Chunk | None, origin: int, delay: int, weak: np.ndarray | None = None
+    ) -> int:
+        """Return the one nearest to the former chunk, and to its like rather than to the weak ones."""
+        backward = self._backward(chunks, former, origin, delay)
+        if weak is None:
+            return int(backward.argmin())
+        kept = max(2, len(chunks) // self.modes)
+        strong = np.argsort(backward, kind="stable")[:kept]
+        rivals = weak[np.argsort(self._backward(weak, former, origin, delay), kind="stable")[:kept]]
+        first = delay if former is None else former.start + delay
+        forward = _nearness(chunks[strong], chunks[strong], first, 1) - _nearness(chunks[strong], rivals, first, 0)
+        return int(strong[(backward[strong] + forward).argmin()])
+
+    def _backward(self, chunks: np.ndarray, former: Chunk | None, origin: int, delay: int) -> np.ndarray:
+        """Weighted distance of each sample `(samples,)` to the former chunk; 0 where they share no action."""
         if former is None:
-            return 0
+            return np.zeros(len(chunks))
         shift, first = origin - former.origin, former.start + delay
         both = len(former.actions) - shift - first
         if both <= 0:
-            return 0
+            return np.zeros(len(chunks))
         distance = np.linalg.norm(chunks[:, first : first + both] - former.actions[first + shift :], axis=-1)
-        return int((distance @ self.decay ** np.arange(both)).argmin())
+        weights = self.decay ** np.arange(both)
+        return distance @ weights / weights.sum()
+
+
+def _nearness(chunks: np.ndarray, others: np.ndarray, first: int, itself: int) -> np.ndarray:
+    """Mean distance of each chunk to the nearer half of the others, leaving out the `itself` nearest."""
+    apart = np.linalg.norm(chunks[:, None, first:] - others[None, :, first:], axis=-1).mean(-1)
+    return np.sort(apart, axis=1)[:, itself : itself + max(1, len(others) // 2)].mean(1)

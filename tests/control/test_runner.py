@@ -175,11 +175,11 @@ def test_the_prefix_is_the_rest_of_the_former_chunk_without_padding():
     policy = Scripted(n_action_steps=8)
     play(Runner(policy, HZ, RealTime(), delay=2, warm_up=0), 40, [2])
     asked = policy.asked[1]
-    known = asked.prefix.weights > 0
+    weights = asked.prefix.weights[0]
     # Asked for at action 8, elements are the actions 7, 8, 9, ...; the former chunk ends with action 14.
     assert asked.prefix.chunk[0, :, 1].tolist() == [7, 8, 9, 10, 11, 12, 13, 14, 14, 14, 14, 14, 14, 14, 14, 14]
-    assert known.tolist() == [True] * 8 + [False] * 8
-    assert (asked.prefix.weights == 1).tolist() == [True] * 3 + [False] * 13
+    assert (weights > 0).tolist() == [True] * 8 + [False] * 8
+    assert (weights == 1).tolist() == [True] * 3 + [False] * 13
 
 
 def test_a_late_observation_plans_for_the_action_of_its_own_moment():

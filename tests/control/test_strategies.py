@@ -1,7 +1,6 @@
 """Strategies with real policies: what a prefix does to a plan, and what a runner writes."""
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from diffpolicy.control.clock import VirtualClock, VirtualWorker
 from diffpolicy.control.loop import Safety
+from diffpolicy.control.plans import Ask, plan_chunks
 from diffpolicy.control.runner import Runner
 from diffpolicy.control.strategies import Bidirectional, Chunk, Ensemble, RealTime, Synchronous, reach
 from diffpolicy.data.episodes import Episode, from_list
@@ -16,7 +16,6 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk
 from diffpolicy.diffusion.prefix import Prefix, hard, prefix_weights
-from diffpolicy.errors import PolicyError
 from diffpolicy.parts import PREDICTIONS, DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
 from diffpolicy.policy import Policy
 
@@ -102,14 +101,6 @@ def test_each_row_of_a_batch_is_guided_by_its_own_prefix():
         torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-4)
 
 
-def test_a_compiled_plan_refuses_a_prefix_in_one_sentence():
-    policy = make_policy()
-    history, noise = arguments(policy)
-    compiled = policy.with_plan(lambda history, noise: policy.plan(history, noise))
-    with pytest.raises(PolicyError, match="a compiled plan takes no prefix"):
-        compiled.plan(history, noise, Prefix(former_chunk(policy), torch.ones(8)))
-
-
 # --- values ---
 
 
@@ -142,6 +133,57 @@ def test_the_first_actions_count_most_in_bidirectional_decoding():
     early[0], late[5] = 1.0, 5.0
     assert Bidirectional(decay=0.5).choose(np.stack([early, late]), former, 0, 0) == 1
     assert Bidirectional(decay=1.0).choose(np.stack([early, late]), former, 0, 0) == 0
+
+
+def test_with_a_weak_policy_the_choice_is_the_one_computed_by_hand():
+    """M = 5 and modes = 2: of the samples the K = 2 nearest to the former chunk at 0.16 are kept, 0.1 and 0.2.
+
+    sample   backward   nearest strong   nearest weak of 0.2, 0.25    sum        of 0.1, 0.05     sum
+    0.1      0.06       0.1              0.1                          0.06 *     0                0.16
+    0.2      0.04       0.1              0                            0.14       0.1              0.04 *
+    """
+    former = Chunk(np.full((8, 1), 0.16), origin=0, start=0, time=0.0)
+
+    def constant(*values: float) -> np.ndarray:
+        return np.array(values)[:, None, None] * np.ones((1, 8, 1))
+
+    strategy, strong = Bidirectional(5, modes=2), constant(3.0, 0.2, 2.0, 0.1, 4.0)
+    assert strategy.choose(strong, former, 0, 0) == 1
+    assert strategy.choose(strong, former, 0, 0, constant(0.25, 9.0, 0.2, 8.0, 7.0)) == 3
+    assert strategy.choose(strong, former, 0, 0, constant(0.1, 9.0, 0.05, 8.0, 7.0)) == 1
+
+
+def test_the_forward_half_prefers_the_mode_that_the_weak_policy_lacks():
+    """Strong samples lie at 1 and -1 as often, weak ones at 1 only: without a former chunk -1 is chosen, with one the
+    mode that it is in."""
+    rng = np.random.default_rng(0)
+    strong = np.repeat([1.0, -1.0], 8)[:, None, None] + 0.1 * rng.normal(size=(16, 8, 1))
+    weak = 1.0 + 0.1 * rng.normal(size=(16, 8, 1))
+    strategy = Bidirectional(16, modes=1)
+    assert strategy.choose(strong, None, 0, 0, weak) >= 8
+    assert Bidirectional(16, modes=3).choose(strong, Chunk(np.ones((8, 1)), 0, 0, 0.0), 0, 0, weak) < 8
+
+
+def test_bidirectional_decoding_samples_the_weak_policy_with_the_noise_that_follows_its_own():
+    strong, weak = make_policy(), make_policy("flow")
+    history = {"obs": np.zeros((2, 3), dtype=np.float32)}
+
+    def ask() -> Ask:
+        return Ask(history, np.random.default_rng(7), None, 0, 0)
+
+    stream, seen = np.random.default_rng(7), {}
+
+    class Looking(Bidirectional):
+        def choose(self, chunks, former, origin, delay, weak=None):
+            seen.update(chunks=chunks, weak=weak)
+            return 2
+
+    (chunk,) = plan_chunks(strong, Looking(3, weak=weak), [ask()])
+    for policy, samples in ((strong, seen["chunks"]), (weak, seen["weak"])):
+        noise = torch.from_numpy(stream.standard_normal((policy.draws(), 3, 8, 2), dtype=np.float32))
+        expected = policy.plan({"obs": torch.zeros(3, 2, 3)}, noise)
+        np.testing.assert_array_equal(samples, expected.numpy())
+    np.testing.assert_array_equal(chunk, seen["chunks"][2])
 
 
 # --- a policy in a runner ---
@@ -197,8 +239,3 @@ def test_joined_chunks_step_less_at_their_borders_than_chunks_taken_as_they_come
 def test_strategies_are_values():
     assert RealTime() == RealTime() and RealTime(decay=hard) != RealTime()
     assert len({Synchronous(), Synchronous(), Ensemble()}) == 2
-
-
-def test_nothing_in_the_control_package_pickles():
-    folder = Path(__file__).parents[2] / "diffpolicy" / "control"
-    assert not [path.name for path in folder.glob("*.py") if "pickle" in path.read_text()]

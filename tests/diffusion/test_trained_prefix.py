@@ -53,7 +53,7 @@ def test_the_known_prefix_comes_back_to_the_bit_and_what_follows_it_depends_on_i
     one, other = (Trained(inner, prefix, weights)(noise[0], 0.5, cond) for prefix in (known, known.roll(1, 0)))
     assert (one - other)[:, 3:].abs().max() > 1e-6
     free = sample(Clipped(Trained(denoiser, known, torch.zeros(8))), sampler, noise, cond, steps=4)
-    torch.testing.assert_close(free, sample(denoiser, sampler, noise, cond, steps=4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(free, sample(denoiser, sampler, noise, cond, steps=4), rtol=0, atol=1e-4)
 
 
 def batch_of(n: int) -> Batch:

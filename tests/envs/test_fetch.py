@@ -39,9 +39,10 @@ def play(env, expert, seed):
     return seen, np.array(actions), bool(info["is_success"]), (terminated, truncated)
 
 
-@pytest.mark.parametrize(("std", "correlation"), [(0.0, 0.0), (0.2, 0.8)])
-@pytest.mark.parametrize("env_id", EXPERTS)
+@pytest.mark.parametrize("std", [0.0, 0.2])
+@pytest.mark.parametrize(("env_id", "correlation"), [("FetchReach-v4", 0.0), ("FetchPickAndPlace-v4", 0.8)])
 def test_each_of_20_seeds_is_at_its_goal_at_step_50_which_truncates(env_id, std, correlation):
+    """With the noise that demonstrations of the task are made with, and without."""
     env = ActionNoise(gym.make(env_id), std, correlation)
     for seed in range(20):
         _, actions, success, end = play(env, EXPERTS[env_id], seed)
@@ -84,9 +85,9 @@ def test_a_batch_of_observations_gives_what_each_gives_alone(env_id):
     np.testing.assert_array_equal(actions, [expert.predict(obs)[0] for obs in singles])
 
 
-def test_a_goal_0_02_away_asks_for_an_action_of_0_4():
+def test_a_goal_0_02_away_asks_for_three_tenths_of_the_way_an_action_of_0_12():
     obs = {"observation": np.zeros(10), "achieved_goal": np.zeros(3), "desired_goal": np.array([0.02, 0.0, -0.3])}
-    np.testing.assert_allclose(FetchReachExpert().predict(obs)[0], [0.4, 0.0, -1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(FetchReachExpert().predict(obs)[0], [0.12, 0.0, -1.0, 0.0], atol=1e-6)
 
 
 def test_observations_of_another_environment_are_refused_in_one_sentence():
