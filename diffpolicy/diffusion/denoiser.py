@@ -74,7 +74,7 @@ class Denoiser(nn.Module, ABC):
 
 
 class NetworkDenoiser(Denoiser):
-    """A network with a prediction; `network(x_t, t, cond)` takes `t` as a tensor of shape `(B,)`."""
+    """A network with a prediction; `network(x_t, t, cond)` takes `t` as a tensor `(B,)`, some also `(B, Tp)`."""
 
     def __init__(self, network: nn.Module, schedule: Schedule, prediction: Prediction) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ def map_of(agent: Distill, noise: torch.Tensor) -> torch.Tensor:
 
 def taught_by(agent: Distill, truth: Denoiser) -> None:
     """Put an exact denoiser in the teacher's place, sampled all but exactly."""
-    agent.planner = Sample(truth, Heun(), 20)
+    agent.planner = Sample(truth, Heun(), 16)
 
 
 def test_the_student_of_a_gaussian_finds_its_map_mean_plus_std_times_noise(tmp_path):
@@ -72,9 +72,9 @@ def test_the_student_of_a_gaussian_finds_its_map_mean_plus_std_times_noise(tmp_p
 def test_the_student_of_two_modes_finds_the_map_of_quantiles_and_keeps_their_weights(tmp_path):
     """In one dimension the probability flow takes each quantile of the noise to the same quantile of the data."""
     weights, centres, std = torch.tensor([0.75, 0.25]), torch.tensor([0.6, -0.6]), 0.1
-    agent = make_student(make_teacher(tmp_path), 500)
+    agent = make_student(make_teacher(tmp_path), 350)
     taught_by(agent, Mixture(Flow(), centres.reshape(2, 1, 1), std, weights))
-    learn(agent, EPISODES, 500)
+    learn(agent, EPISODES, 350)
     noise = torch.linspace(-2, 2, 81)
     grid = torch.linspace(-1.2, 1.2, 4001)
     below = (weights * torch.special.ndtr((grid[:, None] - centres) / std)).sum(1)
@@ -87,9 +87,9 @@ def test_the_student_of_two_modes_finds_the_map_of_quantiles_and_keeps_their_wei
 
 @pytest.mark.parametrize("denoiser", [FLOW, EPSILON], ids=["flow", "epsilon"])
 def test_a_student_of_one_evaluation_plans_what_its_trained_teacher_plans_in_ten(tmp_path, denoiser):
-    teacher = make_teacher(tmp_path, denoiser, steps=300)
-    agent = make_student(teacher, 400)
-    learn(agent, EPISODES, 400)
+    teacher = make_teacher(tmp_path, denoiser, steps=200)
+    agent = make_student(teacher, 250)
+    learn(agent, EPISODES, 250)
     taught, policy = Policy.load(teacher), agent.policy()
     history, noise = (
         {"obs": torch.zeros(400, 1, 1)},

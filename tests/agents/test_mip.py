@@ -13,6 +13,7 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import PolicyError, SpecError
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
+from diffpolicy.tables import TASKS, settings_for, straightened
 from diffpolicy.train import TrainConfig, fit
 
 MLP = DenoiserConfig("mlp", hidden_dim=64, depth=2, step_embed_dim=16, schedule="flow", prediction="sample")
@@ -87,3 +88,19 @@ def test_what_is_not_its_own_is_refused():
         Bc(policy.spec, policy.normalizer, BcConfig(MLP, SamplerConfig("mip", 2)), 1)
     with pytest.raises(SpecError, match="choose from mip"):
         make(episodes, sampler=SamplerConfig("ddim", 2))
+
+
+def test_a_tasks_preset_serves_mip_and_distillation_with_the_network_and_training_of_its_imitation():
+    preset = TASKS["pointmaze-umaze"].preset
+    bc, mip, distill = (settings_for(name, preset) for name in ("bc", "mip", "distill"))
+    assert mip.denoiser == replace(bc.denoiser, schedule="flow", prediction="sample")
+    assert (mip.sampler, distill.sampler) == (SamplerConfig("mip", 2), SamplerConfig("one_step", 1))
+    for name in ("learning_rate", "betas", "weight_decay", "warmup_steps", "ema_power"):
+        assert getattr(mip, name) == getattr(bc, name)
+    assert distill.learning_rate == pytest.approx(0.4 * bc.learning_rate)
+    flow = straightened(bc)
+    assert (flow.denoiser.schedule, flow.denoiser.prediction, flow.sampler) == (
+        "flow",
+        "flow",
+        SamplerConfig("euler", 10),
+    )
