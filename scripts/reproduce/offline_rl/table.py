@@ -1,0 +1,151 @@
+"""What finished runs look like side by side: scores, how far each agent is ahead of others, and a picture.
+
+    python scripts/reproduce/offline_rl/table.py OUT/results [--to FOLDER]      offline_rl.md, .json and .png
+
+Every dataset is a row and every agent a column; the rows of a quality (mixed, medium, expert) end with their averages.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from results import (
+    Run,
+    Statistic,
+    Table,
+    difference,
+    estimate,
+    interquartile_mean,
+    mean_of_datasets,
+    read,
+    tabulate,
+)
+
+QUALITIES = ("mixed", "medium", "expert")
+IMITATION = "bc"
+PEERS = ("d3rlpy-iql", "d3rlpy-td3+bc")
+
+
+def groups(table: Table) -> dict[str, list[str]]:
+    """Return the datasets of each quality that any agent has played, by the quality's name."""
+    datasets = sorted({dataset for own in table.values() for dataset in own})
+    found = {q: [d for d in datasets if d.endswith(f"-{q}")] for q in QUALITIES}
+    return {quality: members for quality, members in found.items() if members}
+
+
+def scores(table: Table, data: Mapping[str, float]) -> str:
+    """Write the scores: means by dataset, averages with intervals by quality; empty where a run is missing."""
+    rows = [["dataset", "data", *table]]
+    for quality, members in groups(table).items():
+        rows += [[d, _number(data.get(d)), *(_mean(own, d) for own in table.values())] for d in members]
+        known = [data[d] for d in members if d in data]
+        of_data = _number(sum(known) / len(known)) if len(known) == len(members) else ""
+        rows.append([f"**{quality}**, mean", of_data, *(_average(own, members) for own in table.values())])
+        middle = (_average(own, members, interquartile_mean) for own in table.values())
+        rows.append([f"**{quality}**, interquartile mean of the runs", "", *middle])
+    rows.append(["training seeds", "", *(_seeds(own) for own in table.values())])
+    return _lines(rows)
+
+
+def differences(table: Table) -> str:
+    """Write how far every agent is ahead of imitation and of the peers, quality by quality, paired by seeds."""
+    columns = [(quality, other) for quality in groups(table) for other in (IMITATION, *PEERS) if other in table]
+    if not columns:
+        return ""
+    rows = [["ahead of", *(f"{other}, {quality}" for quality, other in columns)]]
+    for agent in table:
+        gaps = [difference(table, agent, other, groups(table)[quality]) for quality, other in columns]
+        cells = (
+            "" if gap is None or agent == other else str(gap) for gap, (_, other) in zip(gaps, columns, strict=True)
+        )
+        rows.append([agent, *cells])
+    return _lines(rows)
+
+
+def picture(table: Table, data: Mapping[str, float], path: Path) -> None:
+    """Draw scores with intervals, one panel a dataset, the mean of the data as a line."""
+    rows = list(groups(table).values())
+    columns = max(len(members) for members in rows)
+    size = (3.6 * columns, (0.26 * len(table) + 0.7) * len(rows) + 0.3)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, members in zip(axes, rows, strict=True):
+        for axis, dataset in zip(row, members, strict=False):
+            _panel(axis, table, dataset, data.get(dataset))
+    figure.supxlabel("normalised score of the last checkpoint, 95 % interval; dashed: mean of the data", fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _panel(axis: Axes, table: Table, dataset: str, of_data: float | None) -> None:
+    axis.set_axis_on()
+    for i, (agent, own) in enumerate(table.items()):
+        if dataset in own:
+            e = estimate([own[dataset]])
+            colour = "C7" if agent in PEERS else "C1" if agent == IMITATION else "C0"
+            axis.errorbar(e.value, i, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=colour, capsize=2)
+    if of_data is not None:
+        axis.axvline(of_data, color="0.5", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(table)), list(table), fontsize=8)
+    axis.set(xlim=(-5, 125), ylim=(len(table) - 0.5, -0.5))
+    axis.set_title(dataset, fontsize=9)
+
+
+def _mean(own: Mapping[str, np.ndarray], dataset: str) -> str:
+    return _number(float(own[dataset].mean()) if dataset in own else None)
+
+
+def _average(own: Mapping[str, np.ndarray], datasets: Sequence[str], statistic: Statistic = mean_of_datasets) -> str:
+    complete = all(dataset in own for dataset in datasets)
+    return str(estimate([own[dataset] for dataset in datasets], statistic)) if complete else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _seeds(own: Mapping[str, np.ndarray]) -> str:
+    counts = [len(scores) for scores in own.values()]
+    return " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in ruled)
+
+
+def write(runs: Sequence[Run], data: Mapping[str, float], folder: Path) -> str:
+    """Write `offline_rl.md`, `.json` (every run, without returns) and `.png` into a folder; return the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = tabulate(runs)
+    text = f"{scores(table, data)}\n{differences(table)}"
+    short = [asdict(replace(run, score=tuple(round(x, 2) for x in run.score), returns=())) for run in runs]
+    (folder / "offline_rl.md").write_text(text)
+    (folder / "offline_rl.json").write_text(json.dumps({"data": dict(data), "runs": short}))
+    picture(table, data, folder / "offline_rl.png")
+    return text
+
+
+def main() -> None:
+    """Read results, write the table."""
+    parser = argparse.ArgumentParser(description="Tables and a picture of finished runs.")
+    parser.add_argument("results", type=Path, help="folder of the runs' JSON files")
+    parser.add_argument("--to", type=Path, help="where to write; the folder above the results if not given")
+    args = parser.parse_args()
+    above = args.results.parent
+    data = json.loads((above / "data.json").read_text()) if (above / "data.json").exists() else {}
+    print(write(read(args.results), data, args.to or above))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""`scripts/reproduce/offline_rl`: what many runs say together against hand computations; stopping and resuming."""
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import gymnasium
+import numpy as np
+import pytest
+
+import diffpolicy as dp
+from diffpolicy.data.episodes import Episode, from_list
+from diffpolicy.errors import DiffPolicyError
+from diffpolicy.tables import AGENTS, TASKS
+
+FOLDER = Path(__file__).parents[1] / "scripts" / "reproduce" / "offline_rl"
+
+
+@pytest.fixture
+def results(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("results")
+
+
+@pytest.fixture
+def table(monkeypatch, results) -> ModuleType:
+    return importlib.import_module("table")
+
+
+def made(results, agent, dataset, seed, score):
+    return results.Run(agent, dataset, seed, tuple(score), tuple(score), 10, 100_000, {}, {})
+
+
+def test_the_interquartile_mean_of_1_to_8_with_an_outlier_is_the_mean_of_3_to_6(results):
+    runs = [np.array([[1.0, 2, 3, 4]]), np.array([[5.0, 6, 7, 800]])]
+    assert results.interquartile_mean(runs)[0] == 4.5
+    assert results.mean_of_datasets(runs)[0] == pytest.approx((2.5 + 204.5) / 2)
+
+
+def test_a_95_percent_interval_holds_the_truth_in_about_95_of_100_samples(results):
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        found = results.estimate([rng.normal(50, 20, (1, 40)), rng.normal(10, 5, (1, 40))])
+        held += found.low <= 30 <= found.high
+    assert 180 <= held <= 199
+
+
+def test_an_interval_of_several_training_seeds_knows_that_seeds_differ(results):
+    rng = np.random.default_rng(0)
+    alike = rng.normal(50, 10, (3, 20))
+    apart = alike + np.array([[-30.0], [0], [30]])
+    narrow, wide = results.estimate([alike]), results.estimate([apart])
+    assert wide.value == pytest.approx(narrow.value)
+    assert wide.high - wide.low > 4 * (narrow.high - narrow.low)
+
+
+def test_a_difference_is_paired_so_a_constant_lead_of_7_has_no_width(results):
+    score = np.random.default_rng(0).uniform(0, 100, (2, 20))
+    table = {"bc": {"hopper-mixed": score}, "idql": {"hopper-mixed": score + 7}}
+    gap = results.difference(table, "idql", "bc", ["hopper-mixed"])
+    assert (gap.value, gap.low, gap.high) == pytest.approx((7, 7, 7))
+    assert results.difference(table, "idql", "bc", ["hopper-mixed", "walker2d-mixed"]) is None
+
+
+def test_a_group_is_averaged_only_where_all_its_runs_are_there(results, table, tmp_path):
+    for agent, dataset, score in (
+        ("bc", "hopper-mixed", [40, 60]),
+        ("bc", "walker2d-mixed", [10, 10]),
+        ("idql", "hopper-mixed", [90, 90]),
+    ):
+        made(results, agent, dataset, 0, score).save(tmp_path / "results")
+    text = table.write(results.read(tmp_path / "results"), {"hopper-mixed": 56.0}, tmp_path)
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line
+    }
+    assert rows["hopper-mixed"] == ["56.0", "50.0", "90.0"]
+    assert rows["walker2d-mixed"] == ["", "10.0", ""]
+    assert rows["**mixed**, mean"] == ["", "30.0 [25.0, 35.0]", ""]
+    assert len(json.loads((tmp_path / "offline_rl.json").read_text())["runs"]) == 3
+    assert (tmp_path / "offline_rl.png").stat().st_size > 5000
+
+
+def test_training_seeds_of_a_dataset_stay_in_their_order_whatever_their_files(results):
+    runs = [made(results, "bc", "hopper-mixed", seed, [seed, seed]) for seed in (2, 0, 1)]
+    assert results.tabulate(runs)["bc"]["hopper-mixed"][:, 0].tolist() == [0, 1, 2]
+
+
+def hopper_data(path: Path) -> None:
+    env, episodes = gymnasium.make("Hopper-v4"), []
+    for seed in range(6):
+        env.action_space.seed(seed)
+        obs, action, reward, ended = [env.reset(seed=seed)[0]], [], [], False
+        while not ended:
+            action.append(env.action_space.sample())
+            row, r, ended, _, _ = env.step(action[-1])
+            obs.append(row)
+            reward.append(r)
+        arrays = ({"obs": np.array(obs, np.float32)}, np.array(action, np.float32), np.array(reward, np.float32))
+        episodes.append(Episode(*arrays, True, False))
+    dp.save(from_list(episodes), path)
+
+
+def test_a_finished_run_is_not_run_again_and_one_of_other_settings_is_refused(results, table, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("offline_rl_main", FOLDER / "__main__.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(importlib.sys.modules, "offline_rl_main", script)
+    spec.loader.exec_module(script)
+    hopper_data(tmp_path / "hopper-mixed.hdf5")
+
+    def run(*more):
+        argv = [str(tmp_path), "--out", str(tmp_path / "out"), "--datasets", "hopper-mixed", "--episodes", "2"]
+        monkeypatch.setattr("sys.argv", ["offline_rl", *argv, *more])
+        script.main()
+
+    run("--agents", "bc", "--steps", "3")
+    first = (tmp_path / "out/results/bc-hopper-mixed-0.json").read_text()
+    run("--agents", "bc", "idql", "--steps", "3")
+    assert (tmp_path / "out/results/bc-hopper-mixed-0.json").read_text() == first
+    found = results.tabulate(results.read(tmp_path / "out" / "results"))
+    assert {agent: own["hopper-mixed"].shape for agent, own in found.items()} == {"bc": (1, 2), "idql": (1, 2)}
+    assert dp.Policy.load(tmp_path / "out/runs/idql-hopper-mixed-0").selection.config.samples == 32
+    (tmp_path / "out/results/bc-hopper-mixed-0.json").unlink()
+    run("--agents", "bc", "--steps", "3")  # from the checkpoint of the last step: only played again
+    again = json.loads((tmp_path / "out/results/bc-hopper-mixed-0.json").read_text())
+    assert again["score"] == json.loads(first)["score"]
+    (tmp_path / "out/results/bc-hopper-mixed-0.json").unlink()
+    with pytest.raises(DiffPolicyError, match="bc-hopper-mixed-0 holds a run of other settings"):
+        run("--agents", "bc", "--steps", "5")
+
+
+@pytest.mark.parametrize("robot", ["hopper", "walker2d", "halfcheetah"])
+def test_each_robot_has_settings_for_each_agent_that_the_script_names(robot):
+    settings = TASKS[robot].preset.agents
+    assert {name: type(value) for name, value in settings.items()} == {name: AGENTS[name].config for name in settings}
+    named = FOLDER.joinpath("__main__.py").read_text().split("AGENTS = (")[1].split(")")[0]
+    assert {name.strip(' "') for name in named.split(",")} == set(settings)
