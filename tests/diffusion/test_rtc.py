@@ -13,7 +13,19 @@ from diffpolicy.diffusion.denoiser import Denoiser, NetworkDenoiser
 from diffpolicy.diffusion.exact import CorrelatedGaussian, Mixture, gaussian
 from diffpolicy.diffusion.guidance import Clipped, Pinned, RealTimeChunk, Spread, vector_jacobian
 from diffpolicy.diffusion.prefix import exponential, hard, linear, prefix_weights
-from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Leg, Sample, Sampler, draws_of, even, legs, renoise, sample
+from diffpolicy.diffusion.sampler import (
+    Ddim,
+    DpmPP2M,
+    Heun,
+    Leg,
+    Sample,
+    Sampler,
+    draws_of,
+    even,
+    legs,
+    renoise,
+    sample,
+)
 from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
 
 SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "flow": Flow()}
