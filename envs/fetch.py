@@ -2,10 +2,7 @@
 
 An action moves the gripper by at most `STEP` along each axis, so the expert asks for the way to a target in one step,
 
-    action = clip(gain (target - gripper) / STEP, -1, 1)    and the fourth number opens (+1) or closes (-1) the fingers.
-
-At gain 1 the whole way is made at once. Reaching goes a share of it a step: a correction that is over in one step
-is lost on a policy whose chunk comes a step late, one that takes several is not.
+    action = clip((target - gripper) / STEP, -1, 1)        and the fourth number opens (+1) or closes (-1) the fingers.
 
 ```
       1      .->.            1  not above the object: rise to HOVER and come over it, fingers open
@@ -29,7 +26,6 @@ from .errors import EnvsError
 Array = NDArray[np.float64]
 
 STEP = 0.05  # metres that an action of 1 moves the gripper
-REACH_GAIN = 0.3  # share of the way to the goal that reaching goes in a step
 HOVER = 0.06  # height in metres of the gripper over the object while it comes from the side
 ROUND = np.array([0.03, 0.02, 0.025])  # closing grasps inside this: fingers are wide in x, and close in y round 5 cm
 DESCENT = 0.8, 1.55  # in units of ROUND: sideways distances of the lowest height (0) and the full one (HOVER)
@@ -37,7 +33,7 @@ ON_OBJECT = 0.056  # opening in metres below which fingers round an object of 5 
 
 
 class FetchReachExpert:
-    """Acts in `FetchReach-v4`: moves the gripper straight to the goal, more slowly the nearer it is, and stays there.
+    """Acts in `FetchReach-v4`: moves the gripper straight to the goal, and stays there.
 
     Example:
         >>> env = gym.make("FetchReach-v4")  # doctest: +SKIP
@@ -64,7 +60,7 @@ class FetchReachExpert:
         """
         body, goal = _parts(observation, 10, "FetchReach")
         way = goal - body[..., :3]
-        return _action(REACH_GAIN * way, np.zeros(way.shape[:-1])), state
+        return _action(way, np.zeros(way.shape[:-1])), state
 
 
 class FetchPickAndPlaceExpert:

@@ -6,7 +6,9 @@
     diffpolicy serve runs/reach                                  or: the policy elsewhere
     python scripts/robot_control.py --server ws://127.0.0.1:8700
 
-The policy is the three lines of `main`. For a real arm, `read` and `write` talk to its driver instead.
+The policy is the three lines of `main`. An action is a velocity here and 0 rests, so the arm waits for each chunk: the
+expert corrects an error in one or two actions, just those that a chunk taken over late would leave out. Where an arm
+must not stop, `RealTime()` goes on moving. For a real arm, `read` and `write` talk to its driver instead.
 """
 
 import os
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
-from diffpolicy.control import Client, Limits, RealTime, RemotePolicy, Runner, Safety
+from diffpolicy.control import Client, Limits, RemotePolicy, Runner, Safety, Synchronous
 from diffpolicy.policy import Policy
 from diffpolicy.rollout import make_env
 
@@ -75,7 +77,7 @@ def main(args: Args) -> None:
     safety = Safety(Limits(low=-1.0, high=1.0, velocity=20.0), rest=np.zeros(4))
 
     policy = load(args)
-    runner = Runner(policy, HZ, RealTime(), safety)
+    runner = Runner(policy, HZ, Synchronous(), safety)
     report = runner.run(arm.read, arm.write, seconds=args.seconds)
 
     print(report)

@@ -7,6 +7,14 @@
 
 For ONNX and OpenVINO the body of the network is exported once, and its nodes put in the plan once an evaluation: they
 share their weights, and the body is traced once, however many steps there are. PyTorch's formats trace all steps.
+
+Largest difference of an action from the policy's, as a share of its range, on the 8 histories of the check, with the
+quickstart's maze policy (epsilon, 0.8 M weights), and seconds of one CPU core to export it:
+
+                    ddim 10    ddpm 10    euler 10   heun 5     dpm++2m 10
+    onnx            1.2e-6     4.2e-7     1.2e-6     1.3e-6     1.1e-6        12
+    openvino        9.8e-7     4.0e-7     9.8e-7     1.0e-6     1.0e-6        17
+    torch_export    3.1e-6     3.4e-7     3.1e-6     3.2e-6     XXX        20
 """
 
 from collections.abc import Callable, Mapping

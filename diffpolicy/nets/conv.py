@@ -26,7 +26,7 @@ def trains_on_cpu(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
     Guidance differentiates too, by the noised chunk alone: it must compute what plain sampling does, to the bit.
     """
-    eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
+    eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
     return eager and x.device.type == "cpu" and x.requires_grad and weight.requires_grad and torch.is_grad_enabled()
 
 
@@ -39,7 +39,7 @@ class Conv1d(nn.Conv1d):
         length = (x.shape[-1] + 2 * padding - width) // stride + 1
         if x.device.type == "cpu" and x.shape[0] * length <= FEW_POSITIONS:
             return self._windows_product(x, length)
-        if self._winograd_pays(x, length) and trains_on_cpu(x, self.weight):
+        if self.bias is not None and self._winograd_pays(x, length) and trains_on_cpu(x, self.weight):
             return winograd_conv1d(x, self.weight, self.bias)
         return super().forward(x)
 

@@ -36,7 +36,8 @@ class _NormMish(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
     ) -> torch.Tensor:
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, *x.shape, groups, eps)
+        batch, channels, length = x.shape
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, length, groups, eps)
         w = y.clamp(max=LINEAR).exp_()
         n = torch.addcmul(2 * w, w, w)
         inverse = (n + 2).reciprocal_()

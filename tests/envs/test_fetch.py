@@ -85,9 +85,9 @@ def test_a_batch_of_observations_gives_what_each_gives_alone(env_id):
     np.testing.assert_array_equal(actions, [expert.predict(obs)[0] for obs in singles])
 
 
-def test_a_goal_0_02_away_asks_for_three_tenths_of_the_way_an_action_of_0_12():
+def test_a_goal_0_02_away_asks_for_an_action_of_0_4():
     obs = {"observation": np.zeros(10), "achieved_goal": np.zeros(3), "desired_goal": np.array([0.02, 0.0, -0.3])}
-    np.testing.assert_allclose(FetchReachExpert().predict(obs)[0], [0.12, 0.0, -1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(FetchReachExpert().predict(obs)[0], [0.4, 0.0, -1.0, 0.0], atol=1e-6)
 
 
 def test_observations_of_another_environment_are_refused_in_one_sentence():
