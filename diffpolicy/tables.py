@@ -29,7 +29,7 @@ from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Kinds, Normalizer
 from diffpolicy.data.scores import Reference
 from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained
+from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained, blended
 from diffpolicy.diffusion.prefix import exponential, hard, linear
 from diffpolicy.errors import SpecError
 from diffpolicy.imitation import ActorConfig, ImitationConfig
@@ -95,8 +95,7 @@ class Task:
         reference: of the score: D4RL's name, or the reference itself.
         preset: settings.
         expert: from an environment of this task, who demonstrates it; None where nobody can.
-        noise: standard deviation and correlation of the noise on the executed action of demonstrations. Corrections of
-            correlated noise are part of what is imitated, and in a chunk, where nothing answers them, they add up.
+        noise: standard deviation and correlation of the noise on the executed action of demonstrations.
     """
 
     env_id: str
@@ -238,6 +237,7 @@ STRATEGIES: dict[str, Strategy] = {
     "rtc-hard": RealTime(Pinned, hard),
     "rtc-soft": RealTime(Pinned, linear),
     "rtc-guided": RealTime(partial(RealTimeChunk, beta=50.0, variance=Spread(0.1)), exponential),
+    "rtc-blended": RealTime(blended, linear),
     "rtc-trained": RealTime(Trained, hard),
     "bid": Bidirectional(),
 }

@@ -115,6 +115,7 @@ def describe(job: Job, format: str, name: str, difference: float) -> dict[str, A
         "version": VERSION,
         "format": format,
         "file": name,
+        "options": dict(FORMATS[format].options),
         "observations": observations,
         "noise": {"shape": noise, "dtype": "float32", "distribution": "standard normal", "seed": policy.seed},
         "action": {

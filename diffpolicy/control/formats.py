@@ -14,11 +14,11 @@ quickstart's maze policy (epsilon, 0.8 M weights), and seconds of one CPU core t
                     ddim 10    ddpm 10    euler 10   heun 5     dpm++2m 10
     onnx            1.2e-6     4.2e-7     1.2e-6     1.3e-6     1.1e-6        12
     openvino        9.8e-7     4.0e-7     9.8e-7     1.0e-6     1.0e-6        17
-    torch_export    3.1e-6     3.4e-7     3.1e-6     3.2e-6     XXX        20
+    torch_export    3.1e-6     3.4e-7     3.1e-6     3.2e-6     3.2e-6        20
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -34,7 +34,7 @@ from diffpolicy.nets.product import Exact
 from diffpolicy.policy import Policy
 
 DOMAIN = "diffpolicy"  # of the node that stands for the body while a plan is assembled
-PLAIN_OPENVINO = {"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "DISABLE"}  # as in `backends`
+FULL_PRECISION = {"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "DISABLE"}  # OpenVINO's own is bfloat16 on some
 
 History = Mapping[str, torch.Tensor]
 Run = Callable[[History, torch.Tensor], torch.Tensor]  # (history, noise) -> action (B, Ta, Da)
@@ -67,6 +67,7 @@ class Format:
         packages: what both import.
         device: the kind it is written on, None for the policy's own.
         ready: says why this machine cannot write it, or nothing.
+        options: of the runtime, with which it acts as the policy does.
     """
 
     suffix: str
@@ -75,6 +76,7 @@ class Format:
     packages: tuple[str, ...] = ()
     device: str | None = None
     ready: Callable[[], str] = lambda: ""
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, name: str, policy: Policy, path: Path) -> None:
         """Refuse what cannot be written.
@@ -180,7 +182,7 @@ def _write_openvino(job: Job, path: Path) -> None:
 
 def _read_openvino(path: Path) -> Run:
     core = import_module("openvino").Core()
-    compiled = core.compile_model(core.read_model(str(path)), "CPU", PLAIN_OPENVINO)
+    compiled = core.compile_model(core.read_model(str(path)), "CPU", FULL_PRECISION)
 
     def run(history: History, noise: torch.Tensor) -> torch.Tensor:
         feed = {name: array.numpy() for name, array in {**history, "noise": noise}.items()}
@@ -218,7 +220,7 @@ def _read_aoti(path: Path) -> Run:
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", _write_onnx, _read_onnx, ONNXRUNTIME, "cpu"),
-    "openvino": Format(".xml", _write_openvino, _read_openvino, OPENVINO, "cpu"),
+    "openvino": Format(".xml", _write_openvino, _read_openvino, OPENVINO, "cpu", options=FULL_PRECISION),
     "torch_export": Format(".pt2", lambda job, path: torch.export.save(program(job), path), _read_program),
     "aoti": Format(".pt2", _write_aoti, _read_aoti, ready=cpp_compiler),
 }

@@ -209,6 +209,13 @@ class RealTimeChunk(Denoiser):
         return x + gain * pull
 
 
+def blended(
+    denoiser: Denoiser, chunk: torch.Tensor, weights: torch.Tensor, beta: float = 50.0, std: float = 0.1
+) -> Pinned:
+    """Guidance inside inpainting: the Jacobian moves what is free, then the weights blend what is known into it."""
+    return Pinned(RealTimeChunk(denoiser, chunk, weights, beta, Spread(std)), chunk, weights)
+
+
 class Trained(Denoiser):
     """Training-time real-time chunking (Black et al. 2025, arXiv 2512.05964): the network was told what is known.
 

@@ -182,6 +182,7 @@ def test_the_description_says_what_a_control_script_has_to_know(tmp_path):
     assert described["action"]["high"] == policy.normalizer["action"].maximum.tolist()
     assert described["sampler"]["sampler"] == "heun" and described["sampler"]["evaluations"] == 3
     assert [described[key] for key in ("horizon", "n_obs_steps", "n_action_steps", "control_period")] == [8, 2, 3, None]
+    assert described["options"] == {} and FORMATS["openvino"].options["INFERENCE_PRECISION_HINT"] == "f32"
     assert 0 <= described["parity"]["difference"] < described["parity"]["limit"] == 1e-4
 
 

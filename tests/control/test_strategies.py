@@ -14,7 +14,7 @@ from diffpolicy.control.strategies import Bidirectional, Chunk, Ensemble, RealTi
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk
+from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, blended
 from diffpolicy.diffusion.prefix import Prefix, hard, prefix_weights
 from diffpolicy.parts import PREDICTIONS, DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
 from diffpolicy.policy import Policy
@@ -59,7 +59,7 @@ def test_a_prefix_of_no_weight_leaves_the_plan_as_it_is_for_every_network_and_pr
     policy = make_policy(prediction, network).to(device)
     history, noise = arguments(policy)
     plain = policy.plan(history, noise)
-    for guide in (RealTimeChunk, Pinned):
+    for guide in (RealTimeChunk, Pinned, blended):
         prefix = Prefix(former_chunk(policy), torch.zeros(8), guide)
         assert torch.equal(policy.plan(history, noise, prefix), plain)
 
@@ -79,12 +79,12 @@ def test_guidance_brings_the_frozen_actions_nearer_and_stays_in_the_action_box(d
     assert guided.isfinite().all()
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_pinned_actions_come_back_in_physical_units_to_1e_5(repeats: int):
+@pytest.mark.parametrize(("repeats", "guide"), [(1, Pinned), (3, Pinned), (1, blended)])
+def test_pinned_actions_come_back_in_physical_units_to_1e_5(repeats: int, guide):
     policy = make_policy()
     history, noise = arguments(policy, repeats=repeats)
     former = former_chunk(policy)
-    prefix = Prefix(former, prefix_weights(8, 1, 2, 6, hard), Pinned, repeats)
+    prefix = Prefix(former, prefix_weights(8, 1, 2, 6, hard), guide, repeats)
     planned = policy.plan(history, noise, prefix)
     torch.testing.assert_close(planned[:, :3], former[:, :3], rtol=0, atol=1e-5)
     assert (planned - former)[:, 3:].abs().max() > 1e-3
