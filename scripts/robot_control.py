@@ -6,9 +6,9 @@
     diffpolicy serve runs/reach                                  or: the policy elsewhere
     python scripts/robot_control.py --server ws://127.0.0.1:8700
 
-The policy is the three lines of `main`. An action is a velocity here and 0 rests, so the arm may wait for each chunk: at
-a delay of two actions this held 15 of 15 goals in simulated time, and `RealTime()` 15 of 20. Where an arm must not stop,
-`RealTime()` goes on moving. For a real arm, `read` and `write` talk to its driver instead.
+The policy is the three lines of `main`. An action is a velocity here and 0 rests, so the arm may wait for each chunk:
+at a delay of two actions this held 15 of 15 goals in simulated time, and `RealTime()` 15 of 20. Where an arm must not
+stop, `RealTime()` goes on moving. For a real arm, `read` and `write` talk to its driver instead.
 """
 
 import os
