@@ -142,7 +142,11 @@ def test_images_stay_bytes_on_the_way_and_dictionaries_keep_their_names(policy: 
             np.testing.assert_array_equal(said, wanted)
 
 
-@pytest.mark.parametrize("strategy", [Synchronous(), RealTime(), RealTime(partial(Pinned), hard, 3)], ids=str)
+@pytest.mark.parametrize(
+    "strategy",
+    [Synchronous(), RealTime(), RealTime(partial(Pinned), hard, 3)],
+    ids=["synchronous", "guided", "repeats"],
+)
 def test_a_runner_writes_the_same_actions_through_a_server(policy: Policy, strategy: Strategy):
     def written(planner) -> np.ndarray:
         clock = VirtualClock()
