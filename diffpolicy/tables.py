@@ -161,6 +161,7 @@ TASKS: dict[str, Task] = {
         expert=lambda env: DetourExpert(),
     ),
     "fetch-reach": _fetch("FetchReach-v4", REACH, 3000, FetchReachExpert, noise=(0.2, 0.0)),
+    "fetch-reach-50hz": _fetch("diffpolicy_envs:FetchReach50Hz-v0", REACH, 3000, FetchReachExpert, noise=(0.2, 0.0)),
     "fetch-pick-and-place": _fetch(
         "FetchPickAndPlace-v4", BcConfig(SMALL, learning_rate=4e-4), 12_000, FetchPickAndPlaceExpert, noise=(0.2, 0.8)
     ),

@@ -33,3 +33,4 @@ __all__ = [
 ]
 
 gym.register(id="Detour-v0", entry_point="diffpolicy_envs.detour:Detour", max_episode_steps=48)
+gym.register(id="FetchReach50Hz-v0", entry_point="diffpolicy_envs.fetch:reach_at_50_hz", max_episode_steps=100)

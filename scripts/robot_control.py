@@ -1,7 +1,7 @@
-"""A control script as one writes it for an arm, here a simulated Fetch in MuJoCo at its own 25 Hz on the wall clock.
+"""A control script as one writes it for an arm, here a simulated Fetch in MuJoCo at 50 Hz on the wall clock.
 
-    diffpolicy collect --task fetch-reach --episodes 300 --out demos/reach
-    diffpolicy train --dataset demos/reach --task fetch-reach --out runs/reach
+    diffpolicy collect --task fetch-reach-50hz --episodes 300 --out demos/reach
+    diffpolicy train --dataset demos/reach --task fetch-reach-50hz --out runs/reach
     python scripts/robot_control.py runs/reach
     diffpolicy serve runs/reach                                  or: the policy elsewhere
     python scripts/robot_control.py --server ws://127.0.0.1:8700
@@ -21,8 +21,8 @@ from diffpolicy.control import Client, Limits, RemotePolicy, Runner, Safety, Syn
 from diffpolicy.policy import Policy
 from diffpolicy.rollout import make_env
 
-HZ = 25.0
-HURRY = 100  # actions, 4 s, at the end of which the gripper has to be at its goal
+HZ = 50.0
+HURRY = 200  # actions, 4 s, at the end of which the gripper has to be at its goal
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Arm:
     """An arm with two calls, as a driver has them: what it sees, and the velocity its gripper is to have."""
 
     def __init__(self) -> None:
-        self.env = make_env("FetchReach-v4", max_episode_steps=10**9)
+        self.env = make_env("diffpolicy_envs:FetchReach50Hz-v0", max_episode_steps=10**9)
         self.obs, _ = self.env.reset(seed=0)
         self.held = self.goals = 0
         self.written: list[np.ndarray] = []

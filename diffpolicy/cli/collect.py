@@ -110,6 +110,8 @@ def collect(argv: Sequence[str]) -> None:
                 deterministic=args.level.quality is None,
                 on_episode=lambda done: bar.update(row, completed=done),
             )
+        if period := getattr(envs.envs[0].unwrapped, "dt", None):  # MuJoCo's; a runner refuses to run at another rate
+            episodes = dataclasses.replace(episodes, meta={**episodes.meta, "control_period": float(period)})
         envs.close()
     made_by = {**who, "noise": {"std": noise[0], "correlation": noise[1]}, "versions": training.versions()}
     episodes = dataclasses.replace(episodes, meta={**episodes.meta, **made_by})

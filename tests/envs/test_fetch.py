@@ -96,3 +96,25 @@ def test_observations_of_another_environment_are_refused_in_one_sentence():
         FetchPickAndPlaceExpert().predict(reach)
     with pytest.raises(EnvsError, match=r"has the parts \{\}: wanted"):
         FetchReachExpert().predict(np.zeros(10))
+
+
+def test_reach_at_50_hz_is_as_fast_as_fetch_reach_in_steps_of_half_the_time():
+    whole, half = gym.make("FetchReach-v4"), gym.make("diffpolicy_envs:FetchReach50Hz-v0")
+    assert whole.unwrapped.dt == pytest.approx(0.04) and half.unwrapped.dt == pytest.approx(0.02)
+    for seed in range(3):
+        before, same = whole.reset(seed=seed)[0], half.reset(seed=seed)[0]
+        np.testing.assert_array_equal(before["desired_goal"], same["desired_goal"])
+        action = np.random.default_rng(seed).uniform(-1, 1, 4).astype(np.float32)
+        for _ in range(5):
+            after = whole.step(action)[0]
+            half.step(action)
+            twice = half.step(action)[0]
+        moved, too = after["achieved_goal"] - before["achieved_goal"], twice["achieved_goal"] - same["achieved_goal"]
+        assert np.linalg.norm(too - moved) < 0.03 * np.linalg.norm(moved)
+
+
+def test_at_50_hz_the_expert_is_at_each_of_20_goals_at_step_100_which_truncates():
+    env = ActionNoise(gym.make("diffpolicy_envs:FetchReach50Hz-v0"), 0.2, 0.0)
+    for seed in range(20):
+        _, actions, success, end = play(env, EXPERTS["FetchReach-v4"], seed)
+        assert success and len(actions) == 100 and end == (False, True)
