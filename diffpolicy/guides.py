@@ -1,6 +1,7 @@
 """Guidance of a policy: plain settings, saved with it, that make a guided denoiser of its own when it acts.
 
     classifier_free   D + w (D(told a goal) - D)            its encoder knows how to tell a goal (`ToldEncoder`)
+    better            the same, told 1                      the goal of CFGRL is always 1: better than expected
     value             D + w sigma^2 / alpha grad V(x_t)     its critic values noised chunks (`NoisedValue`)
 
 The weight w is chosen when the policy acts (`Policy.with_guidance`): 0 is imitation.
@@ -46,8 +47,22 @@ class ClassifierFreeGuidance:
         return ClassifierFree(denoiser, partial(encoder.tell, goal=self.goal), self.weight)
 
     def changed(self, weight: float | None, goal: float | None) -> "ClassifierFreeGuidance":
-        """Return it with what is given."""
-        return ClassifierFreeGuidance(self.weight if weight is None else weight, self.goal if goal is None else goal)
+        """Return it with what is given.
+
+        Raises:
+            SpecError: if the weight or the goal is impossible.
+        """
+        return replace(self, weight=self.weight if weight is None else weight, goal=self.goal if goal is None else goal)
+
+
+@dataclass(frozen=True)
+class BetterGuidance(ClassifierFreeGuidance):
+    """Towards what the policy does when it is told `better`, 1: the only thing that its encoder was ever told."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.goal != 1:
+            raise SpecError(f"got the goal {self.goal}, and this policy knows only better, 1; give it a weight alone")
 
 
 @dataclass(frozen=True)
@@ -84,14 +99,18 @@ class ValueGuidance:
 
 
 Guidance = ClassifierFreeGuidance | ValueGuidance
-KINDS: dict[str, type[Guidance]] = {"classifier_free": ClassifierFreeGuidance, "value": ValueGuidance}
+KINDS: dict[str, type[Guidance]] = {
+    "classifier_free": ClassifierFreeGuidance,
+    "better": BetterGuidance,
+    "value": ValueGuidance,
+}
 
 
 def describe(guidance: Guidance | None) -> dict[str, Any] | None:
     """Return plain values that `read` takes."""
     if guidance is None:
         return None
-    (kind,) = (name for name, each in KINDS.items() if isinstance(guidance, each))
+    (kind,) = (name for name, each in KINDS.items() if type(guidance) is each)
     return {"kind": kind, **asdict(guidance)}
 
 

@@ -181,8 +181,10 @@ def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = 
         metrics = agent.update(batch)
         log = agent.step % config.log_every == 0 or agent.step == config.steps
         # Reading the loss waits for the device, so on CUDA it is checked only when it is logged.
-        if (log or agent.device.type == "cpu") and not np.isfinite(float(metrics["loss"])):
-            raise TrainingError(_report_nan(batch, agent.step, run))
+        if log or agent.device.type == "cpu":
+            seen = [float(metrics[name]) for name in ("loss", "grad_norm")]  # a gradient spoils the weights first
+            if not np.isfinite(seen).all():
+                raise TrainingError(_report_nan(batch, agent.step, run))
         if log:
             seconds = time.perf_counter() - clock
             values = {name: float(value) for name, value in metrics.items()}
@@ -192,7 +194,7 @@ def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = 
 
 
 def _report_nan(batch: Batch, step: int, run: Path | None) -> str:
-    message = f"the loss became not a number at step {step}"
+    message = f"the loss or its gradient became not a number at step {step}"
     if run is not None:
         arrays: dict[str, Any] = {f"obs.{k}": v for k, v in batch.obs.items()} | {
             "action": batch.action,
@@ -271,7 +273,8 @@ def train(
     device = residence(episodes, agent.device)
     windows = agent.windows(episodes, device, kept)
     held_out = held_out if len(held_out) else kept[:1]
-    validation, recorded = agent.windows(episodes, device, held_out), episodes.select(held_out[:VALIDATION_EPISODES])
+    on_host = torch.device("cpu")  # windows hold all arrays: a second copy would leave no room
+    validation, recorded = agent.windows(episodes, on_host, held_out), episodes.select(held_out[:VALIDATION_EPISODES])
     if (run / "checkpoint" / "state.pt").exists():
         restore(agent, run)
     write_atomically(run / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))

@@ -13,6 +13,7 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 from diffpolicy.errors import PolicyError, TrainingError
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
+from diffpolicy.policy import Policy
 from diffpolicy.train import Order, TrainConfig, fit, train
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -110,6 +111,21 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_its_batch(tmp_path)
     with np.load(tmp_path / "nan_batch.npz", allow_pickle=False) as batch:
         assert batch["action"].shape == (8, 4, 2)
         assert batch["obs.obs"].shape == (8, 1, 2)
+
+
+def test_a_gradient_that_is_infinite_stops_the_run_before_its_weights_are_saved(tmp_path):
+    """Clipping turns it into NaN: the weights are spoilt one step before any loss is."""
+    episodes = make_episodes()
+    agent = make_agent(episodes, 10)
+    config = TrainConfig(steps=10, batch_size=8, log_every=3, checkpoint_every=3)
+    weight = next(agent.model.parameters())
+    weight.register_hook(lambda gradient: gradient * (float("inf") if agent.step == 5 else 1))
+    with pytest.raises(TrainingError, match="its gradient became not a number at step 6"):
+        run(agent, episodes, config, tmp_path)
+    assert all(torch.isfinite(p).all() for p in Policy.load(tmp_path).denoiser.parameters())
+    restored = make_agent(episodes, 10)
+    run(restored, episodes, config, tmp_path)
+    assert restored.step == 10
 
 
 def test_a_checkpoint_of_another_network_is_refused_in_one_sentence(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from diffpolicy.actor_critic import ActorCritic, ActorCriticConfig, Learned
 from diffpolicy.critics import ExpectileValue, Metrics, whole_chunks
 from diffpolicy.data.windows import Batch
-from diffpolicy.guides import ClassifierFreeGuidance
+from diffpolicy.guides import BetterGuidance
 from diffpolicy.imitation import ActorConfig
 from diffpolicy.nets.encoder import TOLD
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig, make_value
@@ -33,8 +33,8 @@ class CfgrlConfig(ActorCriticConfig):
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=lambda: CriticConfig((512,) * 3, layer_norm=True, activation="mish"))
     selection: SelectionConfig = field(default_factory=SelectionConfig)
-    guidance: ClassifierFreeGuidance = field(default_factory=lambda: ClassifierFreeGuidance(weight=1.5))
-    """w, from 1 to 10 in the paper; the goal stays 1, for o = 1."""
+    guidance: BetterGuidance = field(default_factory=lambda: BetterGuidance(weight=1.5))
+    """w, from 1 to 10 in the paper."""
     tau: float = 0.9
     """Expectile of V."""
     beta: float = 0.1
@@ -45,7 +45,7 @@ class Cfgrl(ActorCritic[CfgrlConfig]):
     """An imitator that is told which of the data's actions are better than expected."""
 
     @property
-    def guidance(self) -> ClassifierFreeGuidance:
+    def guidance(self) -> BetterGuidance:
         """Return w and o = 1."""
         return self.config.guidance
 

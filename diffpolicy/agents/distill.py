@@ -90,11 +90,11 @@ class Distill(Imitation[DistillConfig]):
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """`| D(z, 1, o) - x(z, o) |^2`, over whole chunks: the teacher makes no padding."""
         z = torch.randn(batch.action.shape, generator=generator, device=batch.action.device)
+        with torch.no_grad():  # in full precision, as the teacher acts: at t = 1 rounding is divided by alpha
+            taught = self.planner(self.teacher.encoder(batch.obs), z.unsqueeze(0))
         with autocast(z.device, self.config.bf16):
-            with torch.no_grad():
-                taught = self.planner(self.teacher.encoder(batch.obs), z.unsqueeze(0))
             chunk = model.denoiser(z, 1.0, model.encoder(batch.obs))
-        return (chunk.float() - taught.float()).square().mean()
+        return (chunk.float() - taught).square().mean()
 
 
 def _check(teacher: Policy, spec: Spec, config: DistillConfig) -> None:

@@ -173,4 +173,6 @@ def _choose(
         f"{args.budget_ms:g}; {args.run / 'policy.json'} has it now, and under `chosen` what it had, "
         f"{before.sampler} {before.steps}"
     )
+    if best.backend != "eager":
+        print(f"  as fast      policy.with_plan(compile_plan(policy, backend={best.backend!r})) plans like that")
     return {"sampler": asdict(config), **chosen}

@@ -173,7 +173,14 @@ def _eager(job: Job) -> Bodies:
 
 
 def _inductor(job: Job) -> Bodies:
-    body = torch.compile(_Body(job.network), dynamic=False, options={"freezing": True})
+    from torch._inductor import config
+
+    compiled = torch.compile(_Body(job.network), dynamic=False)
+
+    def body(x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        with config.patch(freezing=True):  # as an option of torch.compile it comes too late: tracing asks for it
+            return compiled(x_t, modulation)
+
     return Bodies(body, body)
 
 
@@ -199,7 +206,7 @@ class CapturedChain:
                 chain(self.cond, self.noise)
         torch.cuda.current_stream(cond.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device(cond.device), torch.cuda.graph(self.graph, stream=stream):
             self.chunk = chain(self.cond, self.noise)
 
     def __call__(self, cond: torch.Tensor, noise: torch.Tensor, prefix: Prefix | None = None) -> torch.Tensor:
@@ -208,8 +215,9 @@ class CapturedChain:
             return self.chain(cond, noise, prefix)
         self.cond.copy_(cond)
         self.noise.copy_(noise)
-        self.graph.replay()
-        return self.chunk.clone()
+        with torch.cuda.device(cond.device):
+            self.graph.replay()
+            return self.chunk.clone()
 
 
 def _bfloat16(job: Job) -> Bodies:

@@ -112,10 +112,17 @@ def measure(
             yield from (Row(backend, config, left_out=first_line(error)) for config in configs)
             continue
         for config in configs:
-            yield _row(policy.with_sampler(config), plan.with_sampler(config), samples)
+            yield _row(policy.with_sampler(config), plan, samples)
 
 
-def _row(policy: Policy, plan: CompiledPlan, samples: int) -> Row:
+def _row(policy: Policy, compiled: CompiledPlan, samples: int) -> Row:
+    try:
+        return _measured(policy, compiled.with_sampler(policy.sampler_config), samples)
+    except Exception as error:  # torch.compile compiles, and a graph is captured, only now
+        return Row(compiled.backend, policy.sampler_config, left_out=first_line(error))
+
+
+def _measured(policy: Policy, plan: CompiledPlan, samples: int) -> Row:
     cases = [example(policy, plan.batch_size, seed) for seed in range(CHECKS)]
     difference = max(share_of_range(policy, plan(*case), policy.plan(*case)) for case in cases)
     row = Row(plan.backend, policy.sampler_config, policy.planner.evaluations, difference=difference)

@@ -60,12 +60,14 @@ class _Modulated(Denoiser):
             NetworkDenoiser(_BodyNetwork(body), denoiser.schedule, denoiser.prediction)
             for body in (bodies.first, bodies.rest, own)
         )
-        self.schedule = denoiser.schedule
+        self.schedule, self.plain = denoiser.schedule, denoiser
         self.rows = {t: row for row, t in enumerate(times)}
         self.cond_dim = cond_dim
 
     def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        assert cond is not None and isinstance(t, float)
+        assert cond is not None
+        if isinstance(t, torch.Tensor):  # each action has its own time: no modulation knows it
+            return self.plain(x_t, t, cond[:, : self.cond_dim])
         row = self.rows[t]
         modulation = cond[:, self.cond_dim :].unflatten(1, (len(self.rows), -1))[:, row].contiguous()
         if x_t.requires_grad:  # compiled bodies have no derivative

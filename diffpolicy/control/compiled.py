@@ -8,6 +8,7 @@ it, and keeps the fastest of those within the limit. What it found stands in `Co
 
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,7 +47,7 @@ class Measured:
 class CompiledPlan:
     """`plan(history, noise)` for histories of any batch, computed `batch_size` at a time; one call at a time.
 
-    The last piece is filled up with copies of its last row. Weights are those of the moment it was compiled.
+    The last piece is filled up with copies of its last row.
     """
 
     def __init__(self, job: Job, backend: str, bodies: Bodies) -> None:
@@ -118,7 +119,8 @@ def compile_plan(policy: Policy, batch_size: int = 1, backend: str = "auto", lim
         limit: largest difference of an action from the policy's own, as a share of the action's range.
 
     Returns:
-        The plan; `measured` says what was tried.
+        The plan; `measured` says what was tried. Its weights are those of this moment, a copy: training goes on in the
+        policy's own.
 
     Raises:
         PolicyError: if the name is unknown, the backend cannot run here, or its actions differ by more than `limit`.
@@ -126,6 +128,7 @@ def compile_plan(policy: Policy, batch_size: int = 1, backend: str = "auto", lim
     """
     if batch_size < 1:
         raise PolicyError(f"batch_size is {batch_size}; give how many environments are planned at once, at least 1")
+    policy = deepcopy(policy.with_sampler(policy.sampler_config))
     job = Job(policy, batch_size)
     if backend == "auto":
         return _fastest(job, limit)

@@ -40,6 +40,8 @@ class ArrayNormalizer(nn.Module):
         self.kinds = tuple(kinds)
         self.linear = [i for i, kind in enumerate(kinds) if kind != "angle"]
         self.angles = [i for i, kind in enumerate(kinds) if kind == "angle"]
+        self.register_buffer("at_linear", torch.tensor(self.linear, dtype=torch.long), persistent=False)
+        self.register_buffer("at_angles", torch.tensor(self.angles, dtype=torch.long), persistent=False)
         self.register_buffer("scale", torch.ones(len(self.linear)))
         self.register_buffer("offset", torch.zeros(len(self.linear)))
         self.register_buffer("minimum", torch.zeros(len(kinds)))
@@ -54,8 +56,8 @@ class ArrayNormalizer(nn.Module):
         """`(..., D)` in physical units to `(..., encoded_dim)`."""
         if not self.angles:
             return x * self.scale + self.offset
-        angle = x[..., self.angles]
-        return torch.cat([x[..., self.linear] * self.scale + self.offset, angle.cos(), angle.sin()], dim=-1)
+        angle = x[..., self.at_angles]
+        return torch.cat([x[..., self.at_linear] * self.scale + self.offset, angle.cos(), angle.sin()], dim=-1)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of `encode`; angles come back within [-pi, pi]."""
@@ -64,8 +66,8 @@ class ArrayNormalizer(nn.Module):
         if not m:
             return linear
         out = x.new_empty((*x.shape[:-1], n + m))
-        out[..., self.linear] = linear
-        out[..., self.angles] = torch.atan2(x[..., n + m :], x[..., n : n + m])
+        out[..., self.at_linear] = linear
+        out[..., self.at_angles] = torch.atan2(x[..., n + m :], x[..., n : n + m])
         return out
 
 

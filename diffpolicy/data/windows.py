@@ -126,13 +126,13 @@ class Windows:
 
     def gather(self, index: torch.Tensor) -> Batch:
         """Return the windows of `index` `(B,)`, whole numbers below `len(self)`."""
-        index = index.to(self.action.device)
+        index = index.to(self.action.device, non_blocking=True)
         which = torch.searchsorted(self.first, index, right=True) - 1
         episode, step = self.episode[which], index - self.first[which]
         row, length = self.start[episode] + step, self.length[episode]
         first_obs, first_action = self.start[episode] + episode, self.start[episode]
 
-        n = torch.minimum(self.horizon_end[episode] - step, row.new_tensor(self.n_step)).clamp(min=0)
+        n = (self.horizon_end[episode] - step).clamp(0, self.n_step)
         if self.stop is not None:
             n = torch.minimum(n, self.stop[row])
         ahead = torch.arange(self.n_step, device=row.device)

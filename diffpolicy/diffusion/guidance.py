@@ -238,7 +238,7 @@ class Trained(Denoiser):
 
     def forward(self, x_t: torch.Tensor, t: float | torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """`Y` where it is known, else `D` of the chunk that begins with it; `t` is a float, as in every sampler."""
-        times = torch.where(self.known[..., 0], 0.0, torch.as_tensor(t).to(x_t))
+        times = torch.where(self.known[..., 0], 0.0, t)
         return torch.where(self.known, self.chunk, self.denoiser(torch.where(self.known, self.chunk, x_t), times, cond))
 
 

@@ -27,7 +27,8 @@ def trains_on_cpu(x: torch.Tensor, weight: torch.Tensor) -> bool:
     Guidance differentiates too, by the noised chunk alone: it must compute what plain sampling does, to the bit.
     """
     eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-    return eager and x.device.type == "cpu" and x.requires_grad and weight.requires_grad and torch.is_grad_enabled()
+    full = x.device.type == "cpu" and x.dtype.itemsize >= 4
+    return eager and full and x.requires_grad and weight.requires_grad and torch.is_grad_enabled()
 
 
 class Conv1d(nn.Conv1d):

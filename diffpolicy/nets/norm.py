@@ -53,7 +53,7 @@ class _NormMish(torch.autograd.Function):
         batch, groups = mean.shape
         mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
         normal = torch.addcmul(-mean * rstd, x.view(batch, groups, -1), rstd)
-        at_y = gradient * slope
+        at_y = gradient.contiguous() * slope  # whoever reads the output transposed sends it back so
         to_bias, to_weight = at_y.sum(2), (at_y * normal.view_as(x)).sum(2)
         size = normal.shape[-1]
         shift = (to_bias * weight).view(batch, groups, -1).sum(2, keepdim=True) / size

@@ -25,6 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.axes import Axes
 
 from diffpolicy.data.files import write_atomically
@@ -114,14 +115,14 @@ def train(study: Study, objective: str, dataset: str, work: Path) -> None:
     flags = [*OBJECTIVES[objective].flags, *(["--teacher", str(work / "flow")] if objective == "distilled" else [])]
     begun = (run / "config.json").exists()
     new = ["--task", study.task, "--steps", str(steps), *flags]
-    diffpolicy("train", "--dataset", dataset, "--out", str(run), *(["--resume"] if begun else new))
+    more = ["--resume", "--steps", str(steps)] if begun else new
+    diffpolicy("train", "--dataset", dataset, "--out", str(run), *more)
 
 
 def last_step(run: Path) -> int:
-    """Return the step of the last line that a run logged, 0 where there is none."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    """Return the step of a run's checkpoint, 0 where there is none."""
+    path = run / "checkpoint" / "state.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.exists() else 0
 
 
 def diffpolicy(*argv: str) -> None:
@@ -130,9 +131,10 @@ def diffpolicy(*argv: str) -> None:
 
 
 def play(study: Study, cell: Cell, work: Path, episodes: int) -> dict[str, Any]:
-    """Return a cell's report, played now unless it was before."""
-    path = work / "cells" / f"{cell.name}.json"
-    if path.exists() and (report := json.loads(path.read_text()))["episodes"] == episodes:
+    """Return a cell's report, played now unless it was since these weights were trained."""
+    path, weights = work / "cells" / f"{cell.name}.json", work / cell.objective / "policy.safetensors"
+    newer = path.exists() and path.stat().st_mtime > weights.stat().st_mtime
+    if newer and (report := json.loads(path.read_text()))["episodes"] == episodes:
         return report
     task, begin = TASKS[study.task], time.perf_counter()
     policy = Policy.load(work / cell.objective)

@@ -68,13 +68,16 @@ def test_with_weight_0_it_is_the_unconditional_policy_and_with_1_the_conditional
 
 def test_the_weight_chosen_when_acting_is_saved_with_the_policy(trained, tmp_path):
     name, agent, _ = trained
-    policy = agent.policy().with_guidance(weight=1.7, goal=None if name == "diffuser" else 0.8)
+    policy = agent.policy().with_guidance(weight=1.7, goal=0.8 if name == "decision-diffuser" else None)
     loaded = Policy.load(policy.save(tmp_path / "policy"))
     obs = np.zeros((20, 1), np.float32)
     np.testing.assert_array_equal(loaded.predict(obs)[0], policy.predict(obs)[0])
     assert loaded.guidance == policy.guidance
     assert loaded.guidance.weight == 1.7
     assert np.abs(loaded.with_guidance(weight=0.0).predict(obs)[0] - policy.predict(obs)[0]).max() > 0.1
+    if name == "cfgrl":
+        with pytest.raises(SpecError, match="knows only better, 1; give it a weight alone"):
+            loaded.with_guidance(goal=0.8)
     if name == "diffuser":
         assert (loaded.guidance.until, loaded.planner.draws) == (0.1, policy.sampler_config.steps)
         with pytest.raises(SpecError, match="climbs a value; give it a weight alone"):

@@ -1,5 +1,6 @@
 """Compiled plans: every backend that is installed plans what the policy plans, from the same noise."""
 
+from copy import deepcopy
 from functools import cache
 
 import numpy as np
@@ -13,10 +14,10 @@ from diffpolicy.control.compiled import CompiledPlan, Measured, build, compile_p
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk
-from diffpolicy.diffusion.prefix import Prefix, prefix_weights
+from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Trained
+from diffpolicy.diffusion.prefix import Prefix, hard, prefix_weights
 from diffpolicy.errors import MissingExtraError, PolicyError
-from diffpolicy.guides import ValueGuidance
+from diffpolicy.guides import ClassifierFreeGuidance
 from diffpolicy.nets.product import Compressed, Exact, with_products
 from diffpolicy.parts import (
     MOST_STEPS,
@@ -40,7 +41,9 @@ TOLERANCE = {name: 0.01 if "-" in name else 1e-4 for name in BACKENDS}
 
 
 @cache
-def make_policy(network: str = "unet1d", sampler: str = "ddim", steps: int = 3, eta: float = 0.0) -> Policy:
+def make_policy(
+    network: str = "unet1d", sampler: str = "ddim", steps: int = 3, eta: float = 0.0, **denoiser: int
+) -> Policy:
     """An untrained policy of two named observations, one with an angle; it predicts the velocity of the schedule."""
     rng = np.random.default_rng(0)
     episode = Episode(
@@ -56,7 +59,7 @@ def make_policy(network: str = "unet1d", sampler: str = "ddim", steps: int = 3, 
     given = NETWORKS[network]
     config = DenoiserConfig(
         given.network, given.down_dims, given.kernel_size, step_embed_dim=16, obs_embed_dim=8,
-        hidden_dim=given.hidden_dim, prediction="v_prediction",
+        hidden_dim=given.hidden_dim, prediction="v_prediction", **denoiser,
     )  # fmt: skip
     torch.manual_seed(0)
     parts = make_denoiser(config, spec, normalizer), config, SamplerConfig(sampler, steps, eta)
@@ -247,11 +250,34 @@ def test_a_compiled_plan_of_3_joins_5_former_chunks_as_the_policy_does_with_each
         assert share_of_range(policy, joined, plan(history, noise)) > 0.05
 
 
+def test_a_compiled_plan_continues_chunks_as_a_network_that_learnt_it():
+    policy = make_policy(max_delay=2)
+    history, noise = example(policy, 2, 0)
+    prefix = Prefix(torch.rand(2, 8, 2) * 7 - 2, prefix_weights(8, 1, 2, 6, hard), Trained)
+    joined = build(Job(policy, 1), "eager")(history, noise, prefix)
+    assert share_of_range(policy, joined, policy.plan(history, noise, prefix)) < TOLERANCE["eager"]
+    assert share_of_range(policy, joined[:, :3], prefix.chunk[:, :3]) < 1e-6
+    assert share_of_range(policy, joined[:, 3:], prefix.chunk[:, 3:]) > 0.1
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow), "onnxruntime"])
+def test_a_plan_keeps_the_weights_of_the_moment_it_was_compiled(backend):
+    compiled(backend)  # skips where it cannot run
+    policy = deepcopy(make_policy())
+    plan, case = compile_plan(policy, 1, backend), example(policy, 1, 0)
+    before = plan(*case)
+    with torch.no_grad():
+        for parameter in (*policy.denoiser.parameters(), *policy.encoder.parameters()):
+            parameter.mul_(1.2)
+    assert torch.equal(plan(*case), before)
+    assert share_of_range(policy, before, policy.plan(*case)) > 0.02
+
+
 def test_a_prefix_of_another_batch_and_a_guided_policy_are_refused_in_one_sentence():
     policy, plan = make_policy(), compiled("eager")
     history, noise = example(policy, 2, 0)
-    guided = make_policy().with_sampler(SamplerConfig("ddim", 3))
-    guided.guidance = ValueGuidance()
+    guided = deepcopy(make_policy(told_embed_dim=4))
+    guided.guidance = ClassifierFreeGuidance()
     for refused, words in (
         (lambda: plan(history, noise, Prefix(noise[0, :1], prefix_weights(8, 1, 2, 6))), "one known chunk a plan"),
         (lambda: compile_plan(guided, backend="eager"), "this policy is guided"),
@@ -282,7 +308,7 @@ def test_arguments_of_other_shapes_are_refused_in_one_sentence():
 @pytest.mark.parametrize("backend", ["cudagraph", "cudagraph-bf16"])
 @pytest.mark.parametrize("config", [SamplerConfig(name, 3) for name in DENOISING], ids=str)
 def test_a_captured_plan_equals_the_policys_and_keeps_its_results(backend, config):
-    policy = Policy.with_sampler(make_policy(), config).to("cuda")
+    policy = deepcopy(make_policy().with_sampler(config)).to("cuda")
     plan = compile_plan(policy, 3, backend)
     assert_equal_plans(plan, policy, 5)
     case, other = example(policy, 3, 0), example(policy, 3, 1)
