@@ -8,6 +8,7 @@ import torch
 
 from diffpolicy.cli import main
 from diffpolicy.control import delays
+from diffpolicy.control.strategies import Bidirectional
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
@@ -69,6 +70,23 @@ def test_several_are_drawn_and_what_is_finished_is_not_played_again(run, tmp_pat
     assert played[4:] == [("bid", 4)] and len(cells) == 5
     assert all(cell in cells for cell in first)
     assert "bid          delay 4    success" in capsys.readouterr().out
+    with monkeypatch.context() as other_weights:
+        other_weights.setattr(delays, "fingerprint", lambda policy, trial: "others")
+        assert evaluate(run, tmp_path, "--strategy", "bid", "--delay", "3", "4", "--resume") == 0
+    cells = json.loads((tmp_path / "delays.json").read_text())["cells"]
+    assert played[5:] == [("bid", 3), ("bid", 4)] and len(cells) == 5
+    assert [cell["weights"] for cell in cells].count("others") == 2
+
+
+def test_another_policy_and_another_weak_one_have_another_fingerprint(run):
+    one, other = Policy.load(run), Policy.load(run)
+    trial = delays.Trial("bid", Bidirectional())
+    assert delays.fingerprint(one, trial) == delays.fingerprint(other, trial)
+    with_weak = delays.Trial("bid", Bidirectional(weak=other))
+    assert delays.fingerprint(one, trial) != delays.fingerprint(one, with_weak)
+    with torch.no_grad():
+        next(other.denoiser.parameters()).view(-1)[0] += 1e-3
+    assert delays.fingerprint(one, trial) != delays.fingerprint(other, trial)
 
 
 @pytest.mark.parametrize(

@@ -109,14 +109,15 @@ def _sweep(policy: Policy, trials: list[Trial], world: World, out: Path, resume:
     former: list[dict[str, Any]] = json.loads(path.read_text())["cells"] if resume and path.exists() else []
     cells = []
     for trial in trials:
-        there = next((cell for cell in former if delays.is_of(cell, trial, world, sampler)), None)
-        cell = there or delays.cell_of(_play(policy, trial, world), trial)
+        weights = delays.fingerprint(policy, trial)
+        found = [cell for cell in former if delays.is_of(cell, trial, world, sampler)]
+        there = next((cell for cell in found if cell["weights"] == weights), None)
+        cell = there or delays.cell_of(_play(policy, trial, world), trial, world, weights)
         cells.append(cell)
-        rest = [other for other in former if other not in cells]
-        found = {"env_id": world.env_id, "env_kwargs": dict(world.env_kwargs), "cells": cells + rest}
-        text = json.dumps(found, indent=1)
+        former = [other for other in former if other not in found]
+        text = json.dumps({"cells": cells + former}, indent=1)
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
-        same = [other for other in rest if all(other[key] == cell[key] for key in ("seeds", "sampler", "kind"))]
+        same = [other for other in former if all(other[key] == cell[key] for key in ("env", "seeds", "sampler"))]
         figure = pictures.delays(cells + same, f"{world.env_id}, {sampler}, {world.episodes} seeds from {world.seed}")
         figure.savefig(out / "delays.png", dpi=120)
         print(_line(cell))

@@ -11,6 +11,7 @@ stops and starts: the larger of the two counts.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -118,8 +119,10 @@ def evaluate_late(
     return report, played
 
 
-def cell_of(report: Report, trial: Trial) -> dict[str, Any]:
+def cell_of(report: Report, trial: Trial, world: World, weights: str) -> dict[str, Any]:
     """Return what a picture over delays needs of a report: plain values, with `quality` its score, else its success.
+
+    `weights` says whose they are (`fingerprint`), so that another policy's cells are not taken for this one's.
 
     Raises:
         SpecError: if the environment knows neither a score nor a success.
@@ -132,6 +135,9 @@ def cell_of(report: Report, trial: Trial) -> dict[str, Any]:
         "strategy": trial.name,
         "delay": report.execution.steps["p50"] if trial.rate_hz else trial.delay,
         "real_time": trial.rate_hz is not None,
+        "rate_hz": trial.rate_hz,
+        "env": [world.env_id, dict(world.env_kwargs)],
+        "weights": weights,
         "episodes": report.episodes,
         "seeds": list(report.seeds),
         "sampler": report.sampler,
@@ -143,9 +149,24 @@ def cell_of(report: Report, trial: Trial) -> dict[str, Any]:
     }
 
 
+def fingerprint(policy: Policy, trial: Trial) -> str:
+    """Return whose weights a trial has: of the policy, and of the weak one beside it."""
+    digest = blake2b(digest_size=8)
+    for each in (policy, trial.strategy.weak):
+        for name, tensor in each.state_dict().items() if isinstance(each, Policy) else ():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def is_of(cell: Mapping[str, Any], trial: Trial, world: World, sampler: str) -> bool:
-    """Whether a cell of an earlier run is this trial's."""
-    same = cell["strategy"] == trial.name and cell["real_time"] == (trial.rate_hz is not None)
-    seeds = [world.seed, world.seed + world.episodes - 1]
-    there = same and cell["seeds"] == seeds and cell["sampler"] == sampler
-    return there and (cell["real_time"] or cell["delay"] == trial.delay)
+    """Whether a cell of an earlier run is this trial's, be it of the same weights or not."""
+    wanted = {
+        "strategy": trial.name,
+        "rate_hz": trial.rate_hz,
+        "env": [world.env_id, dict(world.env_kwargs)],
+        "seeds": [world.seed, world.seed + world.episodes - 1],
+        "sampler": sampler,
+    }
+    if trial.rate_hz is None:
+        wanted["delay"] = trial.delay
+    return all(cell.get(key) == value for key, value in wanted.items())
