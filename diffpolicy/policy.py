@@ -121,6 +121,11 @@ class Policy(nn.Module):
         """Where the policy plans."""
         return self.normalizer["action"].scale.device
 
+    @property
+    def max_delay(self) -> int:
+        """Longest delay, in actions, for which the policy was trained to continue chunks; 0 for none."""
+        return self.denoiser_config.max_delay
+
     def with_sampler(self, config: SamplerConfig) -> "Policy":
         """Return the same policy, weights shared, under another sampler.
 

@@ -8,6 +8,9 @@ gone with it. `plan` sends a history and gets a chunk: one message a chunk, and 
 """
 
 import json
+import socket
+import struct
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,7 +40,8 @@ class Client:
         url: `ws://host:port`, or `wss://` behind a proxy with TLS.
         token: the server's, needed off loopback.
         seed: of the noise, the policy's own if None: the actions are those of a policy with this seed.
-        timeout: seconds an answer may take; then the connection is closed.
+        timeout: seconds a request may find nobody who takes it (except through TLS), and its answer may take; then the
+            connection is closed.
 
     Raises:
         ControlError: if there is no server, or it refuses.
@@ -53,14 +57,16 @@ class Client:
     ) -> None:
         self.url, self.timeout = url, timeout
         self._lock, self._stack = Lock(), ExitStack()
-        self._connection = self._stack.enter_context(_connect(url, token, timeout))
-        welcome = self.ask("hello", protocol=wire.PROTOCOL, seed=seed)
-        self.about: dict[str, Any] = json.loads(welcome["about"])
-        """What the server says of its policy."""
-        self.numbers: dict[str, dict[str, Any]] = welcome["numbers"]
-        """Arrays of the policy's normalizer, as they came."""
-        self.spec = Spec.from_json(self.about["spec"])
-        self._calls = 0
+        with self._stack as stack:  # which ends the connection if the server does not welcome
+            self._connection = stack.enter_context(_connect(url, token, timeout))
+            welcome = self.ask("hello", protocol=wire.PROTOCOL, seed=seed)
+            self.about: dict[str, Any] = json.loads(welcome["about"])
+            """What the server says of its policy."""
+            self.numbers: dict[str, dict[str, Any]] = welcome["numbers"]
+            """Arrays of the policy's normalizer, as they came."""
+            self.spec = Spec.from_json(self.about["spec"])
+            self._calls = 0
+            self._stack = stack.pop_all()
 
     def predict(
         self,
@@ -134,10 +140,11 @@ class Client:
         """
         from websockets.exceptions import ConnectionClosed
 
+        request = wire.pack({"kind": kind, **content})
         with self._lock:
             try:
-                self._connection.send(wire.pack({"kind": kind, **content}))
-                reply = wire.unpack(self._connection.recv(timeout=self.timeout))
+                self._connection.send(request)
+                answer = self._connection.recv(timeout=self.timeout)
             except TimeoutError as error:
                 self._stack.close()
                 raise ControlError(
@@ -145,6 +152,10 @@ class Client:
                 ) from error
             except ConnectionClosed as error:
                 raise ControlError(f"the connection to {self.url} is closed ({error}); connect again") from error
+            except BaseException:  # Ctrl-C: the answer that is on its way would be taken for the next request's
+                self._stack.close()
+                raise
+        reply = wire.unpack(answer)
         if reply["kind"] == "error":
             raise ControlError(str(reply.get("message")))
         return reply
@@ -192,12 +203,22 @@ def _connect(url: str, token: str | None, timeout: float) -> Any:
         raise MissingExtraError(f"{error}; pip install 'diffpolicy[serve]' for servers and clients") from error
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
-        return connect(
+        connection = connect(
             url, additional_headers=headers, compression=None, proxy=None, open_timeout=timeout, close_timeout=1,
             max_size=MAX_REPLY,
         )  # fmt: skip
+        _bound_sending(connection.socket, timeout)
+        return connection
     except InvalidStatus as error:
         said = bytes(error.response.body or b"").decode(errors="replace").strip()
         raise ControlError(f"the server at {url} refuses ({error.response.status_code}): {said}") from error
     except (OSError, InvalidHandshake, InvalidURI) as error:  # a TimeoutError is an OSError
         raise ControlError(f"there is no policy server at {url} ({error}); start one with diffpolicy serve") from error
+
+
+def _bound_sending(connection: socket.socket, timeout: float) -> None:
+    """Let no sending block for longer: websockets has a time limit for receiving only."""
+    milliseconds = max(1, round(1e3 * timeout))
+    posix = struct.pack("@ll", milliseconds // 1000, milliseconds % 1000 * 1000)  # a timeval
+    option = milliseconds if sys.platform == "win32" else posix
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, option)

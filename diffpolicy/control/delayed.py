@@ -69,7 +69,8 @@ class Delayed:
         strategy: how chunks are joined.
         delay: control steps that a plan takes; what the strategy is told too.
         rate_hz: control steps a second, for the wall time of each plan, made on its own, in the place of `delay`; the
-            strategy is told the largest of the last 10. None for a fixed delay.
+            strategy is told the largest of the last 10, at first that of the episode's first plan. None for a fixed
+            delay.
         on_chunk: hears `(episode, step, delay, rested)` when the first action of a chunk is taken: steps since it was
             asked for (0 for the first chunk of an episode), and how often the last action was repeated just before.
         now: the clock, in seconds.
@@ -91,13 +92,7 @@ class Delayed:
             raise ControlError(
                 f"got delay {self.delay} and rate_hz {self.rate_hz}; give whole steps of at least 0 and a rate above 0"
             )
-        check_delay(self.policy.spec, self.delay)
-        longest = self.policy.denoiser_config.max_delay
-        if self.strategy.trained and not (self.delay <= longest and longest > 0):
-            raise ControlError(
-                f"the policy was trained to continue chunks for delays up to {longest} and the delay is {self.delay}; "
-                "train with --denoiser.max-delay, or join chunks by another strategy"
-            )
+        check_delay(self.policy, self.strategy, self.delay)
 
     def predict(
         self,
@@ -111,6 +106,8 @@ class Delayed:
         rows = [{name: array[i] for name, array in named.items()} for i in range(len(next(iter(named.values()))))]
         if state is None:
             arms = [self._begin(i, row) for i, row in enumerate(rows)]
+            if self.rate_hz is not None:  # the first plan compiles and loads: it is not timed
+                plan_chunks(self.policy, self.strategy, [self._ask(arms[0], deterministic)])
         else:
             starts = np.zeros(len(rows), dtype=bool) if episode_start is None else np.atleast_1d(episode_start)
             arms = [
@@ -169,7 +166,8 @@ class Delayed:
     def _ask(self, arm: _Arm, deterministic: bool) -> Ask:
         seed = [self.policy.seed, arm.episode, arm.plans] if deterministic else None
         former = arm.chunks[-1] if arm.chunks else None
-        return Ask(arm.history, np.random.default_rng(seed), former, arm.consumed, self._expected(arm))
+        stream, rehearse = np.random.default_rng(seed), self.rate_hz is not None
+        return Ask(arm.history, stream, former, arm.consumed, self._expected(arm), rehearse)
 
     def _asked(self, arm: _Arm, chunk: np.ndarray, delay: int) -> _Arm:
         """The first chunk of an episode is there at once, and its delay is the first that is known."""

@@ -6,7 +6,7 @@ A chunk is bound to the number of the action that its observation belongs to, so
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,8 @@ class Safety:
         max_age: seconds since an observation after which no action planned from it is executed; None for the time of
             two horizons. A plan that takes longer than this never acts.
         start_within: seconds the first chunk may take.
-        settle_within: seconds that coming to rest may take at the end.
+        settle_within: seconds that coming to rest may take at the end, or twice the longest stop if that is more; a
+            robot that still moves then is stopped by `stop`, and the run has failed.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -69,29 +70,32 @@ class _Asked:
 class Loop:
     """One run of one robot, a step a period: the logic of `Runner.run` without its clock. Made by `Runner.start`.
 
-    `counts` is what has happened so far; `ended` says that the robot is at rest and nothing more will be written.
+    `counts` is what has happened so far; `ended` says that nothing more will be written, because the robot is at rest
+    or cannot be brought there (the report says what failed); `unsettled`, that it did not come to rest in time.
     """
 
     def __init__(self, runner: "Runner", worker: Worker, start: np.ndarray | None, now: float) -> None:
         spec, safety = runner.policy.spec, runner.safety
         self.runner, self.spec, self.safety, self.worker = runner, spec, safety, worker
         self.counts = Counts()
-        self.ending = self.ended = False
+        self.ending = self.ended = self.unsettled = False
         self._reason, self._ok, self._error = "running", True, None
         start = safety.rest if start is None else start
         self._limiter = Limiter(safety.limits, spec.action_dim, runner.period, start)
+        if safety.rest is not None:
+            self._limiter.check(safety.rest, "safety.rest")
+        self._settle_within = max(safety.settle_within, 2 * self._limiter.stop_steps * runner.period)
         self._max_age = 2 * spec.horizon * runner.period if safety.max_age is None else safety.max_age
         self._range = Range(runner.policy.normalizer)
         self._now = self._began = now
         self._beat = 0
         self._settle_until = float("inf")
         self._history: dict[str, np.ndarray] = {}
-        self._seen = -float("inf")
-        self._fresh = False
+        self._seen, self._fresh = -float("inf"), False
         self._chunks: deque[Chunk] = deque(maxlen=runner.strategy.keeps)
         self._asked: _Asked | None = None
         self._warm_up = runner.warm_up
-        self._delays: deque[int] = deque(maxlen=RECENT_DELAYS)
+        self._delays = deque([runner.delay], maxlen=RECENT_DELAYS)
         self._consumed_at: deque[float] = deque(maxlen=4 * spec.horizon)
         self._without = 0
 
@@ -103,15 +107,14 @@ class Loop:
             return None
         self._now = max(self._now, now)
         self._beat += 1
-        if self.ending:
-            return self._settle()
-        self._observe(obs)
-        self._collect()
-        self._ask()
-        self._collect()  # without a delay there is none
-        if self.ending:
-            return self._settle()
-        return self._act()
+        if not self.ending:
+            self._observe(obs)
+            self._collect()
+            self._ask()
+            self._collect()  # without a delay there is none
+        action = self._settle() if self.ending else self._act()
+        self.counts.written += int(action is not None)
+        return action
 
     def finish(self, reason: str) -> None:
         """Come to rest and end, as asked."""
@@ -130,9 +133,8 @@ class Loop:
 
     @property
     def delay(self) -> int:
-        """Actions that a plan is expected to consume, from the largest of the last ones."""
-        room = reach(self.spec) - 1
-        return min(max(self._delays, default=self.runner.delay), room)
+        """Actions that a plan is expected to consume: the largest of the last ones."""
+        return min(max(self._delays), reach(self.spec) - 1)
 
     @property
     def report(self) -> Report:
@@ -141,9 +143,10 @@ class Loop:
 
     def _end(self, reason: str, error: BaseException | None, ok: bool) -> None:
         if not self.ending:
-            self._reason, self._ok, self._error = reason, ok, error
-            self._settle_until = self._now + self.safety.settle_within
-            self.ending = True
+            self._settle_until = self._now + self._settle_within
+        elif ok or not self._ok:
+            return  # the first failure is the one told
+        self._reason, self._ok, self._error, self.ending = reason, ok, error, True
 
     # --- observations ---
 
@@ -166,7 +169,7 @@ class Loop:
     def _is_new(self, stamped: Stamped) -> bool:
         """Whether it is newer than the last and all of it is finite; counts what is not."""
         new = min(stamped.time, self._now) > self._seen
-        finite = _is_finite(stamped.obs)
+        finite = _is_finite(stamped.obs, self.spec.obs_shapes)
         self.counts.late += int(not new)
         self.counts.bad += int(new and not finite)
         return new and finite
@@ -198,18 +201,16 @@ class Loop:
         if newest is not None and not self.runner.strategy.due(self.spec, origin - newest.origin, self.delay):
             return
         self._asked = _Asked(origin, self._seen, self._beat)
-        job = self._job(dict(self._history), self.counts.plans, newest, origin)
+        job = self._job(newest, origin)
         self.counts.plans += 1
         self.worker.submit(job)
 
-    def _job(
-        self, history: Mapping[str, np.ndarray], number: int, former: Chunk | None, origin: int
-    ) -> Callable[[], np.ndarray]:
+    def _job(self, former: Chunk | None, origin: int) -> Callable[[], np.ndarray]:
         """Return the plan as a function without arguments, for another thread: it reads nothing that changes."""
-        stream = np.random.default_rng([self.runner.seed, 0, number])  # that of episode 0 in `Policy.predict`
-        ask = Ask(history, stream, former, origin, self.delay)
-        policy, strategy = self.runner.policy, self.runner.strategy
-        return lambda: plan_chunks(policy, strategy, [ask])[0]
+        runner = self.runner
+        stream = np.random.default_rng([runner.seed, 0, self.counts.plans])  # that of episode 0 in `Policy.predict`
+        ask = Ask(dict(self._history), stream, former, origin, self.delay, rehearse=runner.warm_up > 0)
+        return lambda: plan_chunks(runner.policy, runner.strategy, [ask])[0]
 
     def _collect(self) -> None:
         """Take the chunk that has become ready."""
@@ -217,9 +218,12 @@ class Loop:
         if outcome is None or self._asked is None:
             return
         asked, self._asked = self._asked, None
+        came, wanted = np.shape(outcome.value), (self.spec.horizon, self.spec.action_dim)
         if outcome.error is not None:
-            return self.fail("the policy failed", outcome.error)
-        if self._warm_up > 0:
+            self.fail("the policy failed", outcome.error)
+        elif came != wanted:
+            self.fail(f"the policy planned a chunk of shape {came}; wanted {wanted}")
+        elif self._warm_up > 0:
             self._warm_up -= 1
         elif not np.isfinite(outcome.value).all():
             self.counts.bad_chunks += 1
@@ -227,7 +231,6 @@ class Loop:
             self.counts.stale += 1
         else:
             self._take(outcome.value, asked)
-        return None
 
     def _take(self, actions: np.ndarray, asked: _Asked) -> None:
         if self._chunks:
@@ -248,17 +251,16 @@ class Loop:
             return self._rest()
         self._consumed_at.append(self._now)
         self.counts.consumed += 1
-        return self._written(self._limiter.apply(target))
+        return self._limiter.apply(target)
 
     def _target(self) -> np.ndarray | None:
         """Return the action of the chunks; None while there is none, or none is allowed."""
         safety, strategy, number = self.safety, self.runner.strategy, self.counts.consumed
         if not self._chunks:
             if self._now - self._began > safety.start_within:
-                stale = f"; {self.counts.stale} came when they were over {self._max_age:g} s old" * bool(
-                    self.counts.stale
-                )
-                self.fail(f"there was no first chunk within {safety.start_within:g} s{stale}")
+                stale = self.counts.stale
+                late = f"; {stale} came when they were over {self._max_age:g} s old" if stale else ""
+                self.fail(f"there was no first chunk within {safety.start_within:g} s{late}")
             return None
         usable = [chunk for chunk in self._chunks if self._now - chunk.time <= self._max_age]
         target = strategy.action(usable, number)
@@ -275,22 +277,23 @@ class Loop:
     def _rest(self) -> np.ndarray | None:
         """Return the next action on the way to rest; None if the robot was never told anything."""
         if self.safety.rest is not None:
-            return self._written(self._limiter.apply(self.safety.rest))
-        return None if self._limiter.last is None else self._written(self._limiter.brake())
+            return self._limiter.apply(self.safety.rest)
+        return None if self._limiter.last is None else self._limiter.brake()
 
     def _settle(self) -> np.ndarray | None:
         """Come to rest, then end."""
         action = self._rest()
         rest = self.safety.rest
         resting = action is None or rest is None or np.allclose(action, rest, rtol=0, atol=1e-9)
-        self.ended = bool(resting and self._limiter.at_rest) or self._now >= self._settle_until
+        self.ended = bool(resting and self._limiter.at_rest)
+        if not self.ended and self._now >= self._settle_until:
+            self._reason += f"; not at rest {self._settle_within:g} s later"
+            self._ok, self.ended, self.unsettled = False, True, True
+            return None
         return action
 
-    def _written(self, action: np.ndarray) -> np.ndarray:
-        self.counts.written += 1
-        return action
 
-
-def _is_finite(obs: Obs) -> bool:
-    arrays: Any = obs.values() if isinstance(obs, Mapping) else (obs,)
+def _is_finite(obs: Obs, names: Iterable[str]) -> bool:
+    """Whether what is there of these names is finite; what the policy does not use does not matter."""
+    arrays: Any = [obs[name] for name in names if name in obs] if isinstance(obs, Mapping) else (obs,)
     return all(bool(np.isfinite(array).all()) for array in arrays)

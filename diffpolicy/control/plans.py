@@ -2,6 +2,9 @@
 
     Ask(history, stream, former, origin, delay) --strategy.prefix--> Policy.plan --strategy.choose--> chunk
 
+A plan without a former chunk may be a rehearsal: it is made with a prefix of no weight, which changes nothing but takes
+as long as what follows.
+
 The noise of a plan is drawn from the ask's own stream: the same ask gets the same chunk, alone or beside others, up to
 the rounding of a batch.
 """
@@ -21,7 +24,8 @@ class Ask:
     """One plan that is wanted: `history {name: (To, ...)}`, the stream of its noise, and what it has to agree with.
 
     `former` is the chunk being executed, None at the start; `origin` the number of the new chunk's first action,
-    `delay` how many actions are expected to be executed meanwhile.
+    `delay` how many actions are expected to be executed meanwhile; `rehearse` whether a plan without a former chunk is
+    to take as long as one with it, because it is timed.
     """
 
     history: Mapping[str, np.ndarray]
@@ -29,13 +33,12 @@ class Ask:
     former: Chunk | None
     origin: int
     delay: int
+    rehearse: bool = False
 
 
 def plan_chunks(policy: Planner, strategy: Strategy, asks: Sequence[Ask]) -> list[np.ndarray]:
     """Return one chunk `(Tp, Da)` in float64 for each ask, in physical units; those with a prefix make one batch."""
-    prefixes = [
-        None if ask.former is None else strategy.prefix(policy.spec, ask.former, ask.origin, ask.delay) for ask in asks
-    ]
+    prefixes = [_prefix(policy, strategy, ask) for ask in asks]
     chunks: list[np.ndarray] = [np.empty(0)] * len(asks)
     for known in (False, True):
         rows = [i for i, prefix in enumerate(prefixes) if (prefix is not None) == known]
@@ -44,6 +47,19 @@ def plan_chunks(policy: Planner, strategy: Strategy, asks: Sequence[Ask]) -> lis
             for i, chunk in zip(rows, _batch(policy, strategy, [asks[i] for i in rows], together), strict=True):
                 chunks[i] = chunk
     return chunks
+
+
+def _prefix(policy: Planner, strategy: Strategy, ask: Ask) -> Prefix | None:
+    """What the chunk must agree with: of a policy that learnt to continue chunks no more than it learnt."""
+    spec, former = policy.spec, ask.former
+    delay = min(ask.delay, policy.max_delay) if strategy.trained else ask.delay
+    if former is not None:
+        return strategy.prefix(spec, former, ask.origin, delay)
+    if not ask.rehearse:
+        return None
+    blank = Chunk(np.zeros((spec.horizon, spec.action_dim)), ask.origin, spec.n_obs_steps - 1, 0.0)
+    prefix = strategy.prefix(spec, blank, ask.origin, delay)
+    return None if prefix is None else replace(prefix, weights=torch.zeros_like(prefix.weights))
 
 
 def _stack(prefixes: list[Prefix]) -> Prefix | None:

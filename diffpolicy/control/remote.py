@@ -32,6 +32,7 @@ class RemotePolicy:
         self.spec = client.spec
         self.normalizer = read_normalizer(client.about["normalizer"], client.numbers)
         self.device = torch.device("cpu")
+        self.max_delay = int(client.about.get("max_delay", 0))
         self._draws: dict[int, int] = {}
 
     def draws(self, repeats: int = 1) -> int:

@@ -10,6 +10,8 @@ r"""Runner: a policy at a fixed rate, on a robot or on a virtual clock; inferenc
 
 What cannot happen: an action that is not finite, outside the limits, or from an observation older than allowed; a wait
 longer than a period inside the loop; a loop that goes on after the policy or `read` failed. It then comes to rest.
+Where it cannot (`write` fails or hangs, the loop itself fails, it still moves when it should not) `stop` is called and
+the report is not `ok`.
 """
 
 from collections.abc import Callable
@@ -34,13 +36,15 @@ class Runner:
         rate_hz: actions a second.
         strategy: how chunks are joined.
         safety: limits, and what happens when something is late or fails.
-        delay: actions that planning is expected to take; a later estimate is the largest of the last 10 measured.
-        warm_up: plans made and thrown away while the robot still rests: the first ones compile and load.
+        delay: actions that planning is expected to take, counted as the first of 10 measured ones: what is expected
+            later is the largest of the last 10.
+        warm_up: plans made and thrown away while the robot still rests: the first ones compile and load. The one after
+            them is measured; 0 for none, and nothing is measured before the robot moves.
         seed: of the noise.
 
     Raises:
-        ControlError: if a number is impossible, the rate is not the data's, or `n_obs_steps - 1 + n_action_steps +
-            delay` exceeds the horizon.
+        ControlError: if a number is impossible, the rate is not the data's, `n_obs_steps - 1 + n_action_steps + delay`
+            exceeds the horizon, or the policy was not trained for what the strategy asks of it.
     """
 
     policy: Planner
@@ -58,7 +62,7 @@ class Runner:
                 f"got rate_hz {self.rate_hz}, delay {self.delay} and warm_up {self.warm_up}; give a rate above 0 and "
                 "whole numbers of at least 0"
             )
-        check_delay(spec, self.delay)
+        check_delay(self.policy, self.strategy, self.delay)
         trained = spec.control_period
         if trained is not None and abs(trained * self.rate_hz - 1) > 0.01:
             raise ControlError(
@@ -85,41 +89,56 @@ class Runner:
         clock: Clock | None = None,
         worker: Worker | None = None,
     ) -> Report:
-        """Drive a robot until `seconds` have passed, Ctrl-C, or a failure; it is at rest when this returns.
+        """Drive a robot until `seconds` have passed, Ctrl-C, or a failure; then it is at rest, or the report not `ok`.
 
         Args:
             read: returns the newest observation, None if there is no new one; called once a period.
             write: takes an action `(Da,)`, physical units; called at most once a period.
             start: the action that means "stay where you are now"; needed with limits on movement.
             seconds: how long to run.
-            stop: emergency stop, called if `write` fails, or from another thread if `read` or `write` hang.
+            stop: emergency stop, called if the robot cannot be brought to rest by `write`; from another thread if
+                `read` or `write` hang.
             clock: the wall clock if None.
             worker: where plans are made, a thread if None.
 
         Raises:
-            ControlError: if `start` is missing or outside the limits.
+            ControlError: if `start` is missing, or it or `safety.rest` is outside the limits.
         """
         clock, worker = clock or WallClock(), worker or ThreadWorker()
-        loop, metronome = self.start(worker, start, clock.now()), Metronome(clock, self.period)
-        stop, patience = stop or (lambda: None), max(0.5, 10 * self.period)
-        end = float("inf") if seconds is None else clock.now() + seconds
-
-        def bark() -> None:
-            loop.fail(f"read or write hung for {patience:g} s", ended=True)
-            stop()
-
-        with Watchdog(patience, bark) as watchdog:
-            while not loop.ended:
-                try:
-                    metronome.wait()
-                    watchdog.beat()
-                    if clock.now() >= end:
-                        loop.finish("its time is over")
-                    _beat(loop, clock, read, write, stop)
-                except KeyboardInterrupt:
-                    loop.finish("interrupted")
-        worker.close()
+        try:
+            loop, metronome = self.start(worker, start, clock.now()), Metronome(clock, self.period)
+            end = float("inf") if seconds is None else clock.now() + seconds
+            _play(loop, metronome, end, read, write, stop or (lambda: None))
+        finally:
+            worker.close()
         return replace(loop.report, missed=metronome.missed, lateness=metronome.lateness)
+
+
+def _play(
+    loop: Loop,
+    metronome: Metronome,
+    end: float,
+    read: Callable[[], Obs | Stamped | None],
+    write: Callable[[np.ndarray], object],
+    stop: Callable[[], object],
+) -> None:
+    """Beat until the loop has ended, which is told to at the moment `end`."""
+    patience = max(0.5, 10 * metronome.period)
+
+    def bark() -> None:
+        loop.fail(f"read or write hung for {patience:g} s", ended=True)
+        stop()
+
+    with Watchdog(patience, bark) as watchdog:
+        while not loop.ended:
+            try:
+                metronome.wait()
+                watchdog.beat()
+                if metronome.clock.now() >= end:
+                    loop.finish("its time is over")
+                _beat(loop, metronome.clock, read, write, stop)
+            except KeyboardInterrupt:
+                loop.finish("interrupted")
 
 
 def _beat(
@@ -136,7 +155,14 @@ def _beat(
             obs = read()
         except Exception as error:
             loop.fail("read failed", error)
-    action = loop.step(clock.now(), obs)
+    try:
+        action = loop.step(clock.now(), obs)
+    except Exception as error:
+        loop.fail("the loop failed", error, ended=True)
+        stop()
+        return
+    if loop.unsettled:
+        stop()
     if action is None:
         return
     try:

@@ -5,7 +5,8 @@ r"""Server: one policy for many clients over WebSocket, planned in batches; the 
         client = Client(url)
 
 A connection is answered one request at a time, so a client has at most one plan on its way and at most one answer
-unread; who does not read it, says nothing for long, or sends what is too large, is cut off. Nobody else notices.
+unread; who does not read it, says nothing for long, sends what is too large, or pings without end, is cut off. Nobody
+else notices.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ import numpy as np
 
 from diffpolicy.control import wire
 from diffpolicy.control.batching import RECENT, Batcher, Wish
+from diffpolicy.control.remote import MAX_REPEATS
 from diffpolicy.control.session import Session
 from diffpolicy.errors import ControlError, DiffPolicyError, MissingExtraError
 from diffpolicy.policy import Policy
@@ -115,6 +117,7 @@ class Server:
             async with _websockets().asyncio.server.serve(
                 self._converse, sock=_listening(door), process_request=self._admit, origins=[None], compression=None,
                 open_timeout=door.open_seconds, close_timeout=1, max_size=self.max_message, max_queue=1,
+                create_connection=_bounded(4 * self.max_message, self._cut),
             ) as server:  # fmt: skip
                 opened(_url(server.sockets[0].getsockname()))
                 await stop.wait()
@@ -154,11 +157,11 @@ class Server:
 
     @property
     def max_message(self) -> int:
-        """Bytes of the largest message that can be right."""
-        spec = self.policy.spec
+        """Bytes of the largest message that can be right: one row may take each step of the sampler 16 times."""
+        spec, rows = self.policy.spec, self.door.max_rows
         observed = spec.n_obs_steps * sum(int(np.prod(shape)) for shape in spec.obs_shapes.values())
-        planned = (self.policy.planner.draws + 2) * spec.horizon * spec.action_dim
-        return SLACK + 4 * self.door.max_rows * (observed + planned)
+        draws = max(rows * self.policy.planner.draws, self.policy.draws(MAX_REPEATS))
+        return SLACK + 4 * (rows * observed + (draws + 2 * rows) * spec.horizon * spec.action_dim)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -201,12 +204,15 @@ class Server:
                 answer = await self._answer(session, data)
                 await asyncio.wait_for(connection.send(answer), self.door.send_seconds)
         except TimeoutError:
-            self._cut_off += 1
-            connection.transport.abort()
+            self._cut(connection)
         except _websockets().exceptions.ConnectionClosed:
             pass
         finally:
             self._clients -= 1
+
+    def _cut(self, connection: Any) -> None:
+        self._cut_off += 1
+        connection.transport.abort()
 
     async def _answer(self, session: Session, data: bytes | str) -> bytes:
         begin = time.perf_counter()
@@ -228,6 +234,18 @@ class Server:
         obs = {name: np.zeros(shape, dtype=np.float32) for name, shape in spec.obs_shapes.items()}
         state, _ = policy.observe(obs)
         return Wish(*policy.wanted(state, policy.due(state)))
+
+
+def _bounded(most: int, cut: Callable[[Any], object]) -> type:
+    """A connection that is cut if more than `most` bytes wait to be read: pings are answered without `_converse`."""
+
+    class Bounded(_websockets().asyncio.server.ServerConnection):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.transport.get_write_buffer_size() > most and not self.transport.is_closing():
+                cut(self)
+
+    return Bounded
 
 
 def _listening(door: Door) -> socket.socket:

@@ -60,8 +60,12 @@ class Session:
         if seed is not None and (type(seed) is not int or seed < 0):
             raise ControlError(f"the seed is {str(seed)[:40]}; wanted a whole number of at least 0")
         self.seed = self.policy.seed if seed is None else seed
-        about = {"spec": self.spec.to_json(), "normalizer": self.policy.normalizer.to_json(), "seed": self.seed}
-        return {"kind": "welcome", "about": json.dumps(about), "numbers": normalizer_numbers(self.policy.normalizer)}
+        policy = self.policy
+        about = {
+            "spec": self.spec.to_json(), "normalizer": policy.normalizer.to_json(), "seed": self.seed,
+            "max_delay": policy.max_delay,
+        }  # fmt: skip
+        return {"kind": "welcome", "about": json.dumps(about), "numbers": normalizer_numbers(policy.normalizer)}
 
     async def _predict(self, message: Message) -> dict[str, Any]:
         """Observe, plan where a chunk is used up, act."""

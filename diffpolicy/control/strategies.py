@@ -34,6 +34,11 @@ class Planner(Protocol):
         """Where it plans."""
         ...
 
+    @property
+    def max_delay(self) -> int:
+        """Longest delay for which it was trained to continue chunks, 0 for none."""
+        ...
+
     def draws(self, repeats: int = 1) -> int:
         """Noise tensors of a plan."""
         ...
@@ -107,17 +112,24 @@ def reach(spec: Spec) -> int:
     return spec.horizon - spec.n_obs_steps + 1
 
 
-def check_delay(spec: Spec, delay: int) -> None:
-    """Refuse a delay for which chunks are too short.
+def check_delay(policy: Planner, strategy: Strategy, delay: int) -> None:
+    """Refuse a delay for which chunks are too short, or which the policy was not trained for.
 
     Raises:
-        ControlError: if `n_obs_steps - 1 + n_action_steps + delay` exceeds the horizon.
+        ControlError: if `n_obs_steps - 1 + n_action_steps + delay` exceeds the horizon, or the strategy asks for a
+            policy that was trained to continue chunks and this one was not, for such a delay.
     """
+    spec = policy.spec
     if spec.n_action_steps + delay > reach(spec):
         last = spec.n_obs_steps - 1 + spec.n_action_steps + delay
         raise ControlError(
             f"n_obs_steps {spec.n_obs_steps} - 1 + n_action_steps {spec.n_action_steps} + delay {delay} "
             f"= {last} exceeds horizon {spec.horizon}; train with a longer horizon, execute fewer or plan faster"
+        )
+    if strategy.trained and not (delay <= policy.max_delay and policy.max_delay > 0):
+        raise ControlError(
+            f"the policy was trained to continue chunks for delays up to {policy.max_delay} and the delay is {delay}; "
+            "train with --denoiser.max-delay, or join chunks by another strategy"
         )
 
 

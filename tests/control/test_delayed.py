@@ -119,7 +119,8 @@ def test_the_synchronous_way_repeats_its_last_action_for_the_delay():
 
 
 def test_wall_time_counts_in_whole_steps_and_the_largest_of_the_last_ten_is_expected():
-    """Plans of 0.05, 0.11 and 0.02 s at 20 Hz: one step (the first: there at once), three, one."""
+    """Plans of 0.05, 0.11 and 0.02 s at 20 Hz: one step (the first: there at once), three, one. The one before them,
+    which compiles and loads, is not timed."""
     seconds, clock, heard = iter([0.05, 0.11, 0.02] + [0.02] * 40), [0.0], []
     calls = iter(range(10**6))
 
@@ -130,6 +131,24 @@ def test_wall_time_counts_in_whole_steps_and_the_largest_of_the_last_ten_is_expe
     actor = Delayed(POLICY, Switch(), rate_hz=20.0, on_chunk=lambda *told: heard.append(told), now=now)
     played(actor, 20)
     assert heard == [(0, 0, 0, 0), (0, 7, 3, 0), (0, 9, 1, 0), (0, 13, 1, 0), (0, 17, 1, 0)]
+
+
+def test_the_first_plan_of_every_episode_is_timed_as_those_that_follow_it():
+    """A plan with a prefix takes 0.22 s at 20 Hz, 5 steps, one without none; an episode begins at step 12."""
+    policy, clock, prefixes = make_policy(), [0.0], []
+    plain = policy.with_plan(lambda history, noise, prefix: noise[0] * 0)
+
+    def plan(history, noise, prefix):
+        prefixes.append(prefix)
+        clock[0] += 0.0 if prefix is None else 0.22
+        return noise[0] * 0
+
+    actor, state = Delayed(plain.with_plan(plan), RealTime(), rate_hz=20.0, now=lambda: clock[0]), None
+    for step in range(24):
+        _, state = actor.predict(responding(None, step), state, np.array([step in (0, 12)]))
+    guided = [prefix.weights[0] for prefix in prefixes if prefix.weights.any()]
+    assert len(prefixes) - len(guided) == 3  # one thrown away, one an episode
+    assert len(guided) >= 4 and {int((weights == 1).sum()) - 1 for weights in guided} == {5}
 
 
 @pytest.mark.parametrize("delay", [-1, 8])
@@ -184,8 +203,10 @@ def test_a_late_evaluation_reports_what_it_played(tmp_path):
     np.testing.assert_allclose(values["by_episode"]["jump"], jumps, rtol=1e-5)
     assert values["execution"]["jump"]["mean"] == pytest.approx(jumps.mean(), rel=1e-5) and "jump" in str(report)
     assert values["execution"]["steps"] == {"p50": 4.0, "max": 4.0} and values["seeds"] == [5, 7]
-    cell = cell_of(report, trial)
+    cell = json.loads(json.dumps(cell_of(report, trial, world, "a")))
     assert is_of(cell, trial, world, report.sampler)
+    assert not is_of(cell, trial, replace(world, env_id="MountainCarContinuous-v0"), report.sampler)
+    assert not is_of(cell, replace(trial, rate_hz=10.0), world, report.sampler)
     assert not is_of(cell, replace(trial, delay=3), world, report.sampler)
     assert not is_of(cell, trial, replace(world, seed=6), report.sampler)
 
@@ -194,4 +215,4 @@ def test_an_environment_without_score_or_success_has_no_cell():
     world = World("Pendulum-v1", {}, episodes=1, seed=5)
     report, _ = evaluate_late(pendulum_policy(), Trial("switch", Switch(), 1), world, {})
     with pytest.raises(SpecError, match="neither success nor score"):
-        cell_of(report, Trial("switch", Switch(), 1))
+        cell_of(report, Trial("switch", Switch(), 1), world, "a")

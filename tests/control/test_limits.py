@@ -67,14 +67,13 @@ def test_no_list_of_numbers_leads_out_of_all_four_limits(targets: list[float]):
 
 
 @every_kind
-def test_from_any_moment_the_robot_comes_to_rest_inside_the_limits_in_at_most_a_second(limits: Limits):
+def test_from_any_moment_the_robot_comes_to_rest_inside_the_limits_in_the_steps_of_a_stop(limits: Limits):
     rng, start = np.random.default_rng(0), np.zeros(2)
     limiter, written = Limiter(limits, 2, PERIOD, start), []
     for _ in range(20):
         target = rng.normal(size=2)
         written += [limiter.apply(target) for _ in range(rng.integers(1, 30))]
-        for _ in range(51):
-            written.append(limiter.brake())
+        written += [limiter.brake() for _ in range(limiter.stop_steps)]
         assert limiter.at_rest
     assert worst(limits, start, written) < 1e-6
 
@@ -88,6 +87,37 @@ def test_what_is_legal_is_written_to_the_bit_and_nothing_is_counted(limits: Limi
     for target in course:
         assert np.array_equal(limiter.apply(target), target)
     assert not any(limiter.clipped.values())
+
+
+def ramp(rate: float, limits: Limits, speed: float = 0.9) -> np.ndarray:
+    """A course from rest to `speed` and on at it, smooth; at most 5/6 of the limits on acceleration and jerk."""
+    jerk = np.inf if limits.jerk is None else limits.jerk
+    rising = 1.2 * max(1.875 * speed / limits.acceleration, np.sqrt(5.78 * speed / jerk))
+    share = np.minimum(np.arange(1, int(1.5 * rising * rate)) / (rising * rate), 1)
+    return np.cumsum(speed / rate * share**3 * (10 - 15 * share + 6 * share**2))[:, None]
+
+
+@pytest.mark.parametrize(
+    ("rate", "limits"),
+    [
+        (50, Limits(velocity=1.0, acceleration=0.3)),
+        (200, Limits(velocity=1.0, acceleration=5.0, jerk=50.0)),
+        (500, Limits(velocity=1.0, acceleration=5.0)),
+        (500, Limits(velocity=1.0, acceleration=5.0, jerk=50.0)),
+    ],
+)
+def test_at_any_rate_a_legal_ramp_to_nine_tenths_of_full_speed_is_written_to_the_bit(rate: int, limits: Limits):
+    limiter = Limiter(limits, 1, 1 / rate, np.zeros(1))
+    for target in ramp(rate, limits):
+        assert np.array_equal(limiter.apply(target), target)
+
+
+def test_limits_that_need_too_long_a_stop_are_refused_with_its_length():
+    """2 * 5 / 50 + sqrt((5 / 50)^2 + 6 / 50) s are 561 periods of 1 ms, 281 of 2 ms."""
+    limits = Limits(velocity=1.0, acceleration=5.0, jerk=50.0)
+    with pytest.raises(ControlError, match="takes 561 periods from full speed and at most 512 are planned; lower"):
+        Limiter(limits, 1, 0.001, np.zeros(1))
+    assert Limiter(limits, 1, 0.002, np.zeros(1)).stop_steps == 281 + 3
 
 
 @every_kind

@@ -19,7 +19,8 @@ from diffpolicy.control.strategies import Bidirectional, Ensemble, RealTime, Str
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.prefix import Prefix
+from diffpolicy.diffusion.guidance import Trained
+from diffpolicy.diffusion.prefix import Prefix, hard
 from diffpolicy.errors import ControlError
 
 STRATEGIES: dict[str, Strategy] = {
@@ -46,6 +47,7 @@ class Scripted:
     chunk is (that moment, its own number)."""
 
     device = torch.device("cpu")
+    max_delay = 0
 
     def __init__(self, horizon: int = 16, n_obs_steps: int = 2, n_action_steps: int = 8, high: float = 1e6) -> None:
         self.spec = Spec({"obs": (2,)}, 2, horizon, n_obs_steps, n_action_steps)
@@ -167,8 +169,34 @@ def test_the_first_plans_are_thrown_away_and_count_neither_as_actions_nor_as_del
     played = play(Runner(policy, HZ, RealTime(), warm_up=2), 120, [30, 30, 4])
     assert numbers(played)[:64] == [None] * 64 and numbers(played)[64:] == list(range(56))
     assert set(played.report.counts.delays) == {4}
-    assert all(one.prefix is None for one in policy.asked[:3])
+    assert [float(one.prefix.weights.sum()) for one in policy.asked[:3]] == [0] * 3  # a rehearsal changes nothing
     assert [float((one.prefix.weights == 1).sum()) for one in policy.asked[3:]] == [1 + 4] * len(policy.asked[3:])
+
+
+@pytest.mark.parametrize(("delay", "frozen"), [(0, 4), (6, 6)])
+def test_the_first_join_expects_what_a_joined_plan_takes_and_no_less_than_was_given(delay: int, frozen: int):
+    """A plain plan takes 1 period, one with a prefix 4: the start is timed with a prefix too."""
+    policy, clock = Scripted(n_action_steps=8), StrictClock()
+    worker = VirtualWorker(clock, lambda: (0.5 if policy.asked[-1].prefix is None else 3.5) * PERIOD)
+    loop, metronome = Runner(policy, HZ, RealTime(), delay=delay).start(worker), Metronome(clock, PERIOD)
+    for _ in range(60):
+        metronome.wait()
+        loop.step(clock.now(), np.array([clock.now(), loop.counts.consumed]))
+    joined = [one.prefix.weights for one in policy.asked if one.prefix is not None and one.prefix.weights.any()]
+    assert set(loop.counts.delays) == {4} and len(joined) >= 4
+    assert [int((weights == 1).sum()) - 1 for weights in joined] == [frozen] * len(joined)
+
+
+def test_a_policy_that_learnt_to_continue_chunks_is_told_of_no_longer_delays_than_it_learnt():
+    policy, strategy = Scripted(n_action_steps=8), RealTime(Trained, hard)
+    with pytest.raises(ControlError, match="trained to continue chunks for delays up to 0"):
+        Runner(policy, HZ, strategy)
+    policy.max_delay = 2
+    with pytest.raises(ControlError, match="up to 2 and the delay is 3"):
+        Runner(policy, HZ, strategy, delay=3)
+    played = play(Runner(policy, HZ, strategy, delay=2, warm_up=0), 60, [5])
+    frozen = [int((one.prefix.weights == 1).sum()) - 1 for one in policy.asked[1:]]
+    assert frozen == [2] * len(frozen) and set(played.report.counts.delays) == {5}
 
 
 def test_the_prefix_is_the_rest_of_the_former_chunk_without_padding():
@@ -235,6 +263,10 @@ def test_limits_on_movement_without_a_start_are_refused_and_so_is_a_start_outsid
         runner.start(VirtualWorker(VirtualClock(), float), np.array([0.5, 2]))
     with pytest.raises(ControlError, match="give the 2 numbers"):
         runner.start(VirtualWorker(VirtualClock(), float), np.array([0.5, np.nan]))
+    for rest, match in ((np.zeros(3), "safety.rest is .* give the 2 numbers"), (np.ones(2) * 9, "rest is .* outside")):
+        resting = Runner(Scripted(), HZ, safety=Safety(Limits(high=1), rest=rest))
+        with pytest.raises(ControlError, match=match):
+            resting.start(VirtualWorker(VirtualClock(), float), np.zeros(2))
 
 
 # --- what happens when something is late, wrong or broken ---
@@ -278,6 +310,14 @@ def test_a_policy_that_raises_ends_at_rest_with_its_error():
     assert [action.tolist() for action in played.written] == [[0.5, 0.5]] * 9
 
 
+def test_a_chunk_of_another_shape_ends_the_run_with_a_sentence_before_the_arm_moves():
+    policy = Scripted()
+    policy.plan = lambda history, noise, prefix=None: torch.zeros(1, 16, 3)
+    played = play(Runner(policy, HZ), 20, [0])
+    assert played.loop.ended and set(played.written) == {None}
+    assert played.report.reason == "the policy planned a chunk of shape (16, 3); wanted (16, 2)"
+
+
 def test_a_chunk_that_is_not_finite_is_never_executed_and_the_next_one_is_asked_for_at_once():
     policy = Saying(iter([[0.5, 0.5], [float("nan"), 0], [float("inf"), 0], *[[0.25, 0.25]] * 50]))
     played = play(Runner(policy, HZ, warm_up=0), 30, [0])
@@ -294,6 +334,15 @@ def test_observations_that_are_not_finite_are_counted_and_not_planned_from():
     played = play(Runner(policy, HZ, warm_up=0), 30, [0], observe=observe)
     assert played.report.counts.bad == 20
     assert all(one.history.isfinite().all() for one in policy.asked)
+
+
+@pytest.mark.parametrize("more", [np.array([np.nan]), "a note", None])
+def test_what_the_policy_does_not_use_of_an_observation_does_not_matter(more):
+    def observe(beat: int, now: float, loop) -> dict:
+        return {"obs": np.array([now, loop.counts.consumed]), "more": more}
+
+    played = play(Runner(Scripted(), HZ, warm_up=0), 20, [0], observe=observe)
+    assert numbers(played) == list(range(20)) and played.report.counts.bad == 0
 
 
 def test_an_observation_outside_the_range_of_training_is_counted_by_name_with_how_far():
@@ -365,6 +414,65 @@ def test_a_write_that_raises_calls_the_emergency_stop_and_is_not_called_again():
     report, _ = run(Runner(Scripted(), HZ), write=raising(OSError("bus"), 5), stop=lambda: stopped.append(1))
     assert report.reason == "write failed: OSError: bus"
     assert stopped == [1] and report.counts.written == 6
+
+
+def test_what_fails_while_the_arm_comes_to_rest_is_told_and_calls_the_emergency_stop():
+    """An arm on its way whose time is over after 6 actions: its bus fails at the eighth, before it stands."""
+    stopped: list = []
+    policy = Scripted()
+    policy.plan = lambda history, noise, prefix=None: torch.linspace(0, 0.27, 16)[None, :, None].expand(1, 16, 2)
+    runner = Runner(policy, HZ, safety=Safety(Limits(velocity=1.0, acceleration=5.0)), warm_up=0)
+    bus = raising(OSError("bus"), 8)
+    report, _ = run(runner, write=bus, start=np.zeros(2), seconds=0.15, stop=lambda: stopped.append(1))
+    assert (report.counts.consumed, report.counts.written) == (6, 9) and not report.ok
+    assert report.reason == "write failed: OSError: bus" and isinstance(report.error, OSError) and stopped == [1]
+
+
+def test_an_arm_that_does_not_come_to_rest_in_time_is_stopped_and_the_run_has_failed():
+    """From 1 to rest at 0 with 0.1 a second takes 10 s."""
+    stopped: list = []
+    safety = Safety(Limits(velocity=0.1), rest=np.zeros(2), settle_within=1.5)
+    policy = Saying(iter([[1.0, 1.0]] * 100))
+    report, written = run(
+        Runner(policy, HZ, safety=safety), start=np.ones(2), seconds=0.5, stop=lambda: stopped.append(1)
+    )
+    assert not report.ok and report.reason == "its time is over; not at rest 1.5 s later"
+    assert stopped == [1] and 0.8 < written[-1][0] < 0.9
+
+
+def test_a_long_stop_has_the_time_that_it_takes():
+    """From 0.3 a second with 0.05 a second squared it takes 6 s, though 2 are given."""
+    policy = Scripted()
+    policy.plan = lambda history, noise, prefix=None: (
+        history["obs"][:, -1:, :1] * 0.3 + 0.006 * torch.arange(-1.0, 15.0).reshape(1, 16, 1).expand(1, 16, 2)
+    )
+    clock, stopped, written = VirtualClock(), [], []
+    runner = Runner(policy, HZ, safety=Safety(Limits(velocity=0.3, acceleration=0.05)), warm_up=0)
+    report = runner.run(
+        lambda: np.full(2, clock.now()), written.append, np.zeros(2), 10.0, lambda: stopped.append(1), clock,
+        VirtualWorker(clock, lambda: 0.0),
+    )  # fmt: skip
+    assert report.ok and not stopped and (written[-1] == written[-2]).all()
+    assert np.diff(written[:500], axis=0).max() * HZ > 0.2
+
+
+def test_a_loop_that_fails_itself_calls_the_emergency_stop_and_closes_its_worker():
+    @dataclass(frozen=True)
+    class Broken(Switch):
+        def action(self, chunks, number):
+            raise ValueError("broken")
+
+    stopped, closed = [], []
+    clock = VirtualClock()
+    worker = VirtualWorker(clock, float)
+    worker.close = lambda: closed.append(1)
+    said = (lambda: np.zeros(2), lambda action: None, np.zeros(2), 1.0, lambda: stopped.append(1), clock, worker)
+    report = Runner(Scripted(), HZ, Broken()).run(*said)
+    assert not report.ok and report.reason == "the loop failed: ValueError: broken"
+    assert (stopped, closed) == ([1], [1])
+    with pytest.raises(ControlError, match=r"safety.rest"):
+        Runner(Scripted(), HZ, safety=Safety(rest=np.zeros(3))).run(*said)
+    assert closed == [1, 1]
 
 
 def test_a_read_that_hangs_is_noticed_by_the_watchdog_which_calls_the_emergency_stop():
@@ -462,8 +570,9 @@ def check(seed: int) -> None:
     schedule = Schedule(seed)
     schedule.policy.plan = schedule.plan_badly
     loop = schedule.runner.start(VirtualWorker(schedule.clock, schedule.duration), schedule.start)
-    metronome, past, written, moments = Metronome(schedule.clock, PERIOD), [], [], []
-    free = schedule.limits is LIMITS[0]
+    metronome, past, written, moments, targets = Metronome(schedule.clock, PERIOD), [], [], [], []
+    apply = loop._limiter.apply
+    loop._limiter.apply = lambda target: targets.append(target) or apply(target)  # what is asked of the limits
     for event in schedule.events:
         schedule.stumble(event)
         metronome.wait()
@@ -473,9 +582,10 @@ def check(seed: int) -> None:
         if action is not None:
             written.append(action)
             moments.append(loop.now)
-        if free and loop.counts.consumed > before:
-            assert action[1] == pytest.approx(before, abs=1e-3), seed
-            assert loop.now - action[0] <= schedule.max_age + 1e-6, seed
+        if loop.counts.consumed > before:
+            assert targets[-1][1] == pytest.approx(before, abs=1e-3), seed
+            assert loop.now - targets[-1][0] <= schedule.max_age + 1e-6, seed
+            assert schedule.limits is not LIMITS[0] or np.array_equal(action, targets[-1]), seed
         if loop.ended:
             break
     assert len(written) == loop.counts.written

@@ -1,13 +1,18 @@
 """A policy behind a server: its actions are those of the policy in process, whoever else is asking."""
 
+import base64
+import hashlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +22,7 @@ import torch
 
 from diffpolicy.cli.serve import line
 from diffpolicy.control import Client, Door, RealTime, RemotePolicy, Runner, Server, Synchronous, wire
+from diffpolicy.control.client import _connect
 from diffpolicy.control.clock import VirtualClock, VirtualWorker
 from diffpolicy.control.remote import describe, described
 from diffpolicy.control.strategies import Strategy
@@ -273,6 +279,92 @@ def test_who_says_nothing_is_cut_off_and_who_was_late_is_told(policy: Policy):
             client.predict(obs)
         with pytest.raises(ControlError, match="there is no policy server"):
             Client("ws://127.0.0.1:9")
+
+
+def test_an_interrupted_request_never_gets_the_next_one_the_wrong_answer(policy: Policy):
+    spec = policy.spec
+    history = {name: np.zeros((1, spec.n_obs_steps, *shape), np.float32) for name, shape in spec.obs_shapes.items()}
+    noise = np.ones((1, 1, spec.horizon, spec.action_dim), np.float32)
+    with Server(row_by_row(policy, 0), Door(port=0)).background() as url, Client(url) as client:
+        receive = client._connection.recv
+
+        def interrupted(timeout: float) -> bytes:
+            client._connection.recv = receive
+            raise KeyboardInterrupt
+
+        client._connection.recv = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            client.plan(history, noise)
+        with pytest.raises(ControlError, match="connect again"):  # rather than the answer to the first
+            client.plan(history, 2 * noise)
+
+
+def shaking_hands(listening: socket.socket, release: threading.Event) -> None:
+    """A server that opens the connection, answers `hello`'s bytes by none, and reads nothing more."""
+    peer, _ = listening.accept()
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += peer.recv(1000)
+    key = re.search(rb"(?i)sec-websocket-key: (\S+)", data).group(1)
+    accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+    peer.sendall(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n"
+    )
+    release.wait(30)
+    peer.close()
+
+
+def test_a_server_that_stops_reading_is_given_up_after_the_timeout():
+    """8 MB are more than the system keeps of a connection."""
+    release = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        peer = threading.Thread(target=shaking_hands, args=(listening, release), daemon=True)
+        peer.start()
+        url = f"ws://127.0.0.1:{listening.getsockname()[1]}"
+        client = object.__new__(Client)  # this server has no welcome
+        client.url, client.timeout, client._lock, client._stack = url, 0.5, threading.Lock(), ExitStack()
+        client._connection = client._stack.enter_context(_connect(url, None, 0.5))
+        threading.Timer(10, release.set).start()
+        begin = time.monotonic()
+        with pytest.raises(ControlError, match="connect again"):
+            client.ask("predict", obs=np.zeros(8_000_000, np.float32))
+        assert time.monotonic() - begin < 5
+        release.set()
+        peer.join()
+
+
+def test_a_client_that_is_not_welcome_leaves_no_connection_behind(policy: Policy):
+    server = Server(row_by_row(policy, 0), Door(port=0))
+    with server.background() as url:
+        with pytest.raises(ControlError, match="the seed is -1"):
+            Client(url, seed=-1)
+        deadline = time.monotonic() + 5
+        while server.figures["clients"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.figures["clients"] == 0
+
+
+def test_the_largest_legal_request_comes_through(policy: Policy):
+    """RePaint of one chunk: 100 steps taken 16 times each are 3,100 draws, 200 kB."""
+    many = row_by_row(policy.with_sampler(replace(policy.sampler_config, steps=100)), 0)
+    with Server(many, Door(port=0, max_rows=1)).background() as url, Client(url) as client:
+        remote = RemotePolicy(client)
+        noise = torch.randn(remote.draws(16), 1, policy.spec.horizon, policy.spec.action_dim)
+        history = {name: torch.zeros(1, policy.spec.n_obs_steps, *s) for name, s in policy.spec.obs_shapes.items()}
+        known = Prefix(torch.zeros(noise.shape[1:]), torch.zeros(1, policy.spec.horizon), Pinned, 16)
+        assert len(noise) > 2000
+        assert torch.equal(remote.plan(history, noise, known), many.plan(history, noise, known))
+
+
+def test_a_policy_at_a_server_says_for_which_delays_it_was_trained(policy: Policy):
+    with Server(row_by_row(policy, 0), Door(port=0)).background() as url, Client(url) as client:
+        assert RemotePolicy(client).max_delay == policy.max_delay == 0
+        with pytest.raises(ControlError, match="up to 0 and the delay is 0"):
+            Runner(RemotePolicy(client), 50.0, RealTime(Trained, hard))
+    policy.denoiser_config = replace(policy.denoiser_config, max_delay=3)
+    with Server(row_by_row(policy, 0), Door(port=0)).background() as url, Client(url) as client:
+        Runner(RemotePolicy(client), 50.0, RealTime(Trained, hard), delay=2)
 
 
 # --- without torch; from the command line ---

@@ -101,6 +101,16 @@ def test_each_row_of_a_batch_is_guided_by_its_own_prefix():
         torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("guide", [RealTimeChunk, Pinned])
+def test_a_rehearsal_is_the_plain_chunk_to_the_bit(guide):
+    policy, history = make_policy(), {"obs": np.ones((2, 3), dtype=np.float32)}
+    plain, rehearsed = (
+        plan_chunks(policy, RealTime(guide), [Ask(history, np.random.default_rng(0), None, 0, 2, rehearse=rehearse)])
+        for rehearse in (False, True)
+    )
+    np.testing.assert_array_equal(rehearsed[0], plain[0])
+
+
 # --- values ---
 
 
