@@ -50,7 +50,7 @@ class Mip(Imitation[MipConfig]):
         """`|pi(o, 0, 0) - a|^2 + |pi(o, t* a + (1 - t*) z, t*) - a|^2`, in one pass of twice the batch."""
         a, s = batch.action, MipSampler().s
         z = torch.randn(a.shape, generator=generator, device=a.device)
-        x_t = torch.cat([torch.zeros_like(a), diffuse(a, z, *model.denoiser.schedule(s))])
+        x_t = torch.cat([torch.zeros_like(a), diffuse(a, z, *model.denoiser.schedule(a.new_full((), s)))])
         times = torch.cat([a.new_full((len(a),), t) for t in (1.0, s)])
         with autocast(a.device, self.config.bf16):
             first, second = model.denoiser(x_t, times, model.encoder(batch.obs).repeat(2, 1)).chunk(2)

@@ -14,9 +14,9 @@ from diffpolicy import pictures
 from diffpolicy import train as training
 from diffpolicy.cli.evaluate import EvaluateArgs, task_of
 from diffpolicy.cli.shared import progress_bar
-from diffpolicy.control import bench as benching
-from diffpolicy.control.backends import BACKENDS, usable_on
-from diffpolicy.control.bench import Row
+from diffpolicy.control.compiled import bench as benching
+from diffpolicy.control.compiled.backends import BACKENDS, usable_on
+from diffpolicy.control.compiled.bench import Row
 from diffpolicy.data.files import write_atomically
 from diffpolicy.errors import SpecError
 from diffpolicy.evaluate import Estimate, Report

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from diffpolicy import train as training
 from diffpolicy.cli.shared import Flat, progress_bar
@@ -110,8 +111,7 @@ def collect(argv: Sequence[str]) -> None:
                 deterministic=args.level.quality is None,
                 on_episode=lambda done: bar.update(row, completed=done),
             )
-        if period := getattr(envs.envs[0].unwrapped, "dt", None):  # MuJoCo's; a runner refuses to run at another rate
-            episodes = dataclasses.replace(episodes, meta={**episodes.meta, "control_period": float(period)})
+        episodes = dataclasses.replace(episodes, meta={**episodes.meta, **_period(envs)})
         envs.close()
     made_by = {**who, "noise": {"std": noise[0], "correlation": noise[1]}, "versions": training.versions()}
     episodes = dataclasses.replace(episodes, meta={**episodes.meta, **made_by})
@@ -122,6 +122,12 @@ def collect(argv: Sequence[str]) -> None:
     found = outcomes(episodes, success, None, None).success
     if found is not None:
         print(f"  success      {wilson(int(found.sum()), len(found))}")
+
+
+def _period(envs: VectorEnv) -> dict[str, float]:
+    """Return the seconds between actions where MuJoCo says them: a runner refuses to run at another rate."""
+    period = getattr(envs.envs[0].unwrapped, "dt", None) if isinstance(envs, SyncVectorEnv) else None
+    return {} if period is None else {"control_period": float(period)}
 
 
 def _check_level(args: CollectArgs) -> None:

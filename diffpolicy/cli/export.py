@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import tyro
 
 from diffpolicy.cli.evaluate import load_policy
-from diffpolicy.control.export import LIMIT
-from diffpolicy.control.export import export as export_policy
-from diffpolicy.control.formats import FORMATS
+from diffpolicy.control.compiled.export import LIMIT
+from diffpolicy.control.compiled.export import export as export_policy
+from diffpolicy.control.compiled.formats import FORMATS
 
 
 @dataclass(frozen=True)

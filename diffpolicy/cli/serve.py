@@ -12,9 +12,9 @@ from typing import Any, Literal
 import tyro
 
 from diffpolicy.cli.evaluate import load_policy
-from diffpolicy.control.client import Client
-from diffpolicy.control.compiled import compile_plan
-from diffpolicy.control.server import Door, Server
+from diffpolicy.control.compiled.plan import compile_plan
+from diffpolicy.control.serving.client import Client
+from diffpolicy.control.serving.server import Door, Server
 from diffpolicy.errors import PolicyError
 
 TOKEN = "DIFFPOLICY_TOKEN"

@@ -8,29 +8,29 @@ from typing import TYPE_CHECKING
 from diffpolicy.lazy import import_when_used
 
 if TYPE_CHECKING:
-    from diffpolicy.control.client import Client
-    from diffpolicy.control.compiled import compile_plan
+    from diffpolicy.control.compiled.plan import compile_plan
     from diffpolicy.control.delayed import Delayed
     from diffpolicy.control.limits import Limits
     from diffpolicy.control.loop import Safety, Stamped
-    from diffpolicy.control.remote import RemotePolicy
     from diffpolicy.control.report import Report
     from diffpolicy.control.runner import Runner
-    from diffpolicy.control.server import Door, Server
+    from diffpolicy.control.serving.client import Client
+    from diffpolicy.control.serving.remote import RemotePolicy
+    from diffpolicy.control.serving.server import Door, Server
     from diffpolicy.control.strategies import Bidirectional, Ensemble, RealTime, Switch, Synchronous
 
 import_when_used(
     __name__,
     {
-        "diffpolicy.control.client": ("Client",),
-        "diffpolicy.control.compiled": ("compile_plan",),
+        "diffpolicy.control.serving.client": ("Client",),
+        "diffpolicy.control.compiled.plan": ("compile_plan",),
         "diffpolicy.control.delayed": ("Delayed",),
         "diffpolicy.control.limits": ("Limits",),
         "diffpolicy.control.loop": ("Safety", "Stamped"),
-        "diffpolicy.control.remote": ("RemotePolicy",),
+        "diffpolicy.control.serving.remote": ("RemotePolicy",),
         "diffpolicy.control.report": ("Report",),
         "diffpolicy.control.runner": ("Runner",),
-        "diffpolicy.control.server": ("Door", "Server"),
+        "diffpolicy.control.serving.server": ("Door", "Server"),
         "diffpolicy.control.strategies": ("Bidirectional", "Ensemble", "RealTime", "Switch", "Synchronous"),
     },
 )

@@ -30,6 +30,8 @@ class ArrayNormalizer(nn.Module):
     An output row is the linear dimensions in their order, then the cosines of the angles, then their sines.
     """
 
+    at_linear: torch.Tensor
+    at_angles: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor
     minimum: torch.Tensor

@@ -37,12 +37,8 @@ class Lasting:
 
     def __init__(self, policy: Policy, seconds: float) -> None:
         self.policy, self.seconds = policy, seconds
-        self.spec, self.normalizer, self.device, self.draws = (
-            policy.spec,
-            policy.normalizer,
-            policy.device,
-            policy.draws,
-        )
+        self.spec, self.normalizer, self.device = policy.spec, policy.normalizer, policy.device
+        self.draws, self.max_delay = policy.draws, policy.max_delay
         self.took: list[float] = []
 
     def plan(

@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from plain import PlainUNet
 from torch import nn
 
-from diffpolicy.control.compiled import compile_plan, example, share_of_range
+from diffpolicy.control.compiled.plan import compile_plan, example, share_of_range
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec

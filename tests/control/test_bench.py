@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffpolicy.cli import main
-from diffpolicy.control.bench import Latency, Row, best_within, combinations, latency, measure, samplers_of
+from diffpolicy.control.compiled.bench import Latency, Row, best_within, combinations, latency, measure, samplers_of
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec

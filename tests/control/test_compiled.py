@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffpolicy.control import backends
-from diffpolicy.control.backends import BACKENDS, Job, usable_on
-from diffpolicy.control.chain import Bodies, times_of
-from diffpolicy.control.compiled import CompiledPlan, Measured, build, compile_plan, example, share_of_range
+from diffpolicy.control.compiled import backends
+from diffpolicy.control.compiled.backends import BACKENDS, Job, usable_on
+from diffpolicy.control.compiled.chain import Bodies, times_of
+from diffpolicy.control.compiled.plan import CompiledPlan, Measured, build, compile_plan, example, share_of_range
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
@@ -178,7 +178,7 @@ def test_products_in_8_bits_are_within_1_over_254_of_a_rows_largest_weight():
 def test_auto_says_what_it_measured_and_keeps_the_fastest_within_the_limit(monkeypatch):
     policy = make_policy()
     wrong = backends.Backend(lambda job: Bodies(lambda x_t, modulation: 0 * x_t, job.network.body))
-    monkeypatch.setattr("diffpolicy.control.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("diffpolicy.control.compiled.backends.find_spec", lambda name: None)
     for name in ("inductor", "cudagraph"):
         monkeypatch.delitem(BACKENDS, name)
     monkeypatch.setitem(BACKENDS, "wrong", wrong)
@@ -209,8 +209,8 @@ def test_a_backend_that_fails_is_left_out_with_its_reason():
 
 def test_what_cannot_be_compiled_is_refused_in_one_sentence(monkeypatch):
     policy = make_policy()
-    monkeypatch.setattr("diffpolicy.control.backends.find_spec", lambda name: None)
-    monkeypatch.setattr("diffpolicy.control.backends.shutil.which", lambda name: None)
+    monkeypatch.setattr("diffpolicy.control.compiled.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("diffpolicy.control.compiled.backends.shutil.which", lambda name: None)
     for arguments, error, words in (
         ({"backend": "openvino"}, MissingExtraError, "pip install 'diffpolicy\\[export\\]'"),
         ({"backend": "cudagraph"}, PolicyError, "the policy is on cpu .* load the policy with device='cuda'"),

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from diffpolicy.cli import main
-from diffpolicy.control import formats
-from diffpolicy.control.backends import Job
-from diffpolicy.control.compiled import example, share_of_range
-from diffpolicy.control.export import LIMIT, export
-from diffpolicy.control.formats import FORMATS, Format, onnx_model
+from diffpolicy.control.compiled import formats
+from diffpolicy.control.compiled.backends import Job
+from diffpolicy.control.compiled.export import LIMIT, export
+from diffpolicy.control.compiled.formats import FORMATS, Format, onnx_model
+from diffpolicy.control.compiled.plan import example, share_of_range
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec

@@ -21,10 +21,11 @@ import pytest
 import torch
 
 from diffpolicy.cli.serve import line
-from diffpolicy.control import Client, Door, RealTime, RemotePolicy, Runner, Server, Synchronous, wire
-from diffpolicy.control.client import _connect
+from diffpolicy.control import Client, Door, RealTime, RemotePolicy, Runner, Server, Synchronous
 from diffpolicy.control.clock import VirtualClock, VirtualWorker
-from diffpolicy.control.remote import describe, described
+from diffpolicy.control.serving import wire
+from diffpolicy.control.serving.client import _connect
+from diffpolicy.control.serving.remote import describe, described
 from diffpolicy.control.strategies import Strategy
 from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 import diffpolicy
-from diffpolicy.control import Client, Door, Server, wire
+from diffpolicy.control import Client, Door, Server
+from diffpolicy.control.serving import wire
 from diffpolicy.errors import ControlError
 from diffpolicy.policy import Policy
 

@@ -11,25 +11,19 @@ Each makes bodies for one batch size and may wrap the chain around them. Threads
 `get_num_threads()`; OpenVINO takes one where that is faster.
 """
 
-import logging
 import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
-from io import BytesIO
-from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffpolicy.control.chain import Bodies, Body, Chain, samples_of
+from diffpolicy.control.compiled.chain import Bodies, Chain, samples_of
+from diffpolicy.control.compiled.runtimes import eight_bits, lacks_bfloat16, onnxruntime_body, openvino_body, to_onnx
 from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import MissingExtraError, PolicyError
 from diffpolicy.nets.network import Network
@@ -232,112 +226,21 @@ def _bfloat16(job: Job) -> Bodies:
     return Bodies(job.network.body, body)
 
 
-def to_onnx(module: nn.Module, arguments: tuple[Any, ...], inputs: list[str], outputs: list[str]) -> Any:
-    """Return a module as an `onnx.ModelProto`, for arguments of these shapes, with these names."""
-    with quiet(), torch.no_grad():
-        program = torch.export.export(module, arguments)
-        exported = torch.onnx.export(program, input_names=inputs, output_names=outputs, dynamo=True, verbose=False)
-    assert exported is not None
-    return exported.model_proto
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep to themselves what exporters say of packages nobody asked for."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "onnxruntime")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _onnxruntime(job: Job) -> Bodies:
-    body = _onnxruntime_body(job.exported(Exact))
+    body = onnxruntime_body(job.exported(Exact))
     return Bodies(body, body)
 
 
 def _onnxruntime_int8(job: Job) -> Bodies:
     exact = job.exported(Exact)
-    return Bodies(_onnxruntime_body(exact), _onnxruntime_body(_eight_bits(exact)))
-
-
-def _onnxruntime_body(model: Any) -> Body:
-    ort = import_module("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-    def body(x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        feed = {"x_t": x_t.numpy(), "modulation": modulation.numpy()}
-        return torch.from_numpy(session.run(None, feed)[0])
-
-    return body
-
-
-def _eight_bits(model: Any) -> Any:
-    """Return a copy whose products with a constant matrix are `MatMulNBits`: 8 bits, one scale to 128 weights."""
-    quantizer = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
-    with quiet():
-        of = quantizer.MatMulNBitsQuantizer(
-            deepcopy(model), bits=8, block_size=128, is_symmetric=True, accuracy_level=4
-        )
-        of.process()
-    return of.model.model
+    return Bodies(onnxruntime_body(exact), onnxruntime_body(eight_bits(exact)))
 
 
 def _openvino(job: Job, precision: str = "f32", product: Product = Exact) -> Bodies:
-    exact = _openvino_body(job.exported(Exact), "f32")
+    exact = openvino_body(job.exported(Exact), "f32")
     if (precision, product) == ("f32", Exact):
         return Bodies(exact, exact)
-    return Bodies(exact, _openvino_body(job.exported(product), precision))
-
-
-def _openvino_body(model: Any, precision: str) -> Body:
-    """Return the faster of one thread and of PyTorch's many: threads that share a core cost small networks more."""
-    bodies = [_openvino_threads(model, precision, threads) for threads in sorted({1, torch.get_num_threads()})]
-    return bodies[0][0] if len(bodies) == 1 else min(bodies, key=lambda each: _seconds(*each))[0]
-
-
-def _seconds(body: Body, arguments: tuple[torch.Tensor, ...]) -> float:
-    """Median of 15 calls, after 3."""
-    took = []
-    for _ in range(18):
-        begin = time.perf_counter()
-        body(*arguments)
-        took.append(time.perf_counter() - begin)
-    return median(took[3:])
-
-
-def _openvino_threads(model: Any, precision: str, threads: int) -> tuple[Body, tuple[torch.Tensor, ...]]:
-    """Return the body, and arguments to time it with."""
-    core = import_module("openvino").Core()
-    options = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": precision,
-        "SNIPPETS_MODE": "DISABLE",  # 2026.4 takes Mish between two products for a pattern it knows, and crashes
-    }
-    compiled = core.compile_model(core.read_model(BytesIO(model.SerializeToString())), "CPU", options)
-    request = compiled.create_infer_request()
-
-    def body(x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(request.infer([x_t.numpy(), modulation.numpy()], share_inputs=True)[0])
-
-    return body, tuple(torch.zeros(tuple(port.shape)) for port in compiled.inputs)
-
-
-def _cpu_bfloat16() -> str:
-    core = import_module("openvino").Core()
-    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        return ""
-    return "needs a CPU that multiplies bfloat16 (AVX512-BF16 or AMX); choose openvino-int8 or openvino"
+    return Bodies(exact, openvino_body(job.exported(product), precision))
 
 
 OPENVINO, ONNXRUNTIME = ("openvino", *EXPORT), ("onnxruntime", *EXPORT)
@@ -349,6 +252,6 @@ BACKENDS: dict[str, Backend] = {
     "onnxruntime": Backend(_onnxruntime, "cpu", ONNXRUNTIME),
     "onnxruntime-int8": Backend(_onnxruntime_int8, "cpu", ONNXRUNTIME),
     "openvino": Backend(_openvino, "cpu", OPENVINO),
-    "openvino-bf16": Backend(partial(_openvino, precision="bf16"), "cpu", OPENVINO, _cpu_bfloat16),
+    "openvino-bf16": Backend(partial(_openvino, precision="bf16"), "cpu", OPENVINO, lacks_bfloat16),
     "openvino-int8": Backend(partial(_openvino, product=Compressed), "cpu", OPENVINO),
 }

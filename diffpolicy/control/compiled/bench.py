@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from diffpolicy.control.backends import Job
-from diffpolicy.control.compiled import CHECKS, CompiledPlan, build, example, share_of_range
+from diffpolicy.control.compiled.backends import Job
+from diffpolicy.control.compiled.plan import CHECKS, CompiledPlan, build, example, share_of_range
 from diffpolicy.errors import PolicyError, first_line
 from diffpolicy.parts import MOST_STEPS, SamplerConfig, why_not
 from diffpolicy.policy import Policy

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from diffpolicy.control.backends import BACKENDS, Job, usable_on
-from diffpolicy.control.chain import Bodies
+from diffpolicy.control.compiled.backends import BACKENDS, Job, usable_on
+from diffpolicy.control.compiled.chain import Bodies
 from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import DiffPolicyError, PolicyError
 from diffpolicy.parts import SamplerConfig

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffpolicy.control import wire
-from diffpolicy.control.client import Client
+from diffpolicy.control.serving import wire
+from diffpolicy.control.serving.client import Client
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained
 from diffpolicy.diffusion.prefix import Guide, Prefix

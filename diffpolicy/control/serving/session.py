@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from diffpolicy.control import wire
-from diffpolicy.control.batching import Batcher, Wish
-from diffpolicy.control.remote import described, normalizer_numbers, read_repeats
+from diffpolicy.control.serving import wire
+from diffpolicy.control.serving.batching import Batcher, Wish
+from diffpolicy.control.serving.remote import described, normalizer_numbers, read_repeats
 from diffpolicy.errors import ControlError
 from diffpolicy.policy import PolicyState
 

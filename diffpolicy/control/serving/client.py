@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from diffpolicy.control import wire
+from diffpolicy.control.serving import wire
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import ControlError, MissingExtraError
 
@@ -107,7 +107,7 @@ class Client:
         Args:
             history: `{name: (B, To, ...)}`, physical units.
             noise: `(draws, B, Tp, Da)`, standard normal; `draws()` of them.
-            prefix: as `diffpolicy.control.remote.describe` makes it.
+            prefix: as `diffpolicy.control.serving.remote.describe` makes it.
 
         Returns:
             `(B, Tp, Da)` in physical units.

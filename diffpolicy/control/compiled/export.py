@@ -14,10 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffpolicy.control.backends import Job
-from diffpolicy.control.chain import samples_of
-from diffpolicy.control.compiled import example, share_of_range
-from diffpolicy.control.formats import FORMATS, Run
+from diffpolicy.control.compiled.backends import Job
+from diffpolicy.control.compiled.chain import samples_of
+from diffpolicy.control.compiled.formats import FORMATS, Run
+from diffpolicy.control.compiled.plan import example, share_of_range
 from diffpolicy.errors import PolicyError
 from diffpolicy.parts import SamplerConfig
 from diffpolicy.policy import Policy

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from diffpolicy.control import wire
-from diffpolicy.control.batching import RECENT, Batcher, Wish
-from diffpolicy.control.remote import MAX_REPEATS
-from diffpolicy.control.session import Session
+from diffpolicy.control.serving import wire
+from diffpolicy.control.serving.batching import RECENT, Batcher, Wish
+from diffpolicy.control.serving.remote import MAX_REPEATS
+from diffpolicy.control.serving.session import Session
 from diffpolicy.errors import ControlError, DiffPolicyError, MissingExtraError
 from diffpolicy.policy import Policy
 

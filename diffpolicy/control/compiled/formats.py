@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpolicy.control.backends import ONNXRUNTIME, OPENVINO, Job, cpp_compiler, quiet, require, to_onnx
-from diffpolicy.control.chain import Bodies
+from diffpolicy.control.compiled.backends import ONNXRUNTIME, OPENVINO, Job, cpp_compiler, require
+from diffpolicy.control.compiled.chain import Bodies
+from diffpolicy.control.compiled.runtimes import quiet, to_onnx
 from diffpolicy.errors import PolicyError
 from diffpolicy.nets.product import Exact
 from diffpolicy.policy import Policy
