@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from diffpolicy.control.threads import release_helpers
+
 RING = 1 << 16
 
 
@@ -131,6 +133,7 @@ class ThreadWorker:
         self.patience = patience
         self._jobs: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        release_helpers()
         self._thread = Thread(target=self._work, daemon=True, name="diffpolicy-plan")
         self._thread.start()
 

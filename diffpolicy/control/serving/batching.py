@@ -19,6 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from diffpolicy.control.threads import release_helpers
 from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import ControlError, first_line
 from diffpolicy.policy import Policy
@@ -77,6 +78,7 @@ class Batcher:
         self.figures = Figures()
         self._waiting: deque[tuple[Wish, asyncio.Future[np.ndarray]]] = deque()
         self._asked = asyncio.Event()
+        release_helpers()
         self._thread = ThreadPoolExecutor(1, "diffpolicy-plan")
 
     async def plan(self, wish: Wish) -> np.ndarray:
