@@ -120,7 +120,8 @@ def delays(cells: Sequence[dict[str, Any]], title: str) -> Figure:
                 estimates(axis, beside, [cell[key] for cell in known], color=f"C{k}", label=name)
     axes[0].set(ylabel=cells[0]["kind"], title=f"{cells[0]['kind']} of {cells[0]['episodes']} episodes, 95 %")
     if max(cell["quality"]["high"] for cell in cells) <= 1:
-        axes[0].set_ylim(-0.02, 1.02)
+        lowest = min(cell["quality"]["low"] for cell in cells)
+        axes[0].set_ylim(np.floor(10 * lowest) / 10 - 0.02, 1.02)
     axes[1].set(ylabel="share of the action's range", title="change of velocity between chunks")
     axes[1].set_ylim(bottom=0)
     axes[1].set_xticks(sorted({cell["delay"] for cell in cells}))
