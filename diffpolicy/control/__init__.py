@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffpolicy.control.serving.remote import RemotePolicy
     from diffpolicy.control.serving.server import Door, Server
     from diffpolicy.control.strategies import Bidirectional, Ensemble, RealTime, Switch, Synchronous
+    from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Trained, blended
 
 import_when_used(
     __name__,
@@ -32,6 +33,7 @@ import_when_used(
         "diffpolicy.control.runner": ("Runner",),
         "diffpolicy.control.serving.server": ("Door", "Server"),
         "diffpolicy.control.strategies": ("Bidirectional", "Ensemble", "RealTime", "Switch", "Synchronous"),
+        "diffpolicy.diffusion.guidance": ("Pinned", "RealTimeChunk", "Trained", "blended"),
     },
 )
 
@@ -42,7 +44,9 @@ __all__ = [
     "Door",
     "Ensemble",
     "Limits",
+    "Pinned",
     "RealTime",
+    "RealTimeChunk",
     "RemotePolicy",
     "Report",
     "Runner",
@@ -51,5 +55,7 @@ __all__ = [
     "Stamped",
     "Switch",
     "Synchronous",
+    "Trained",
+    "blended",
     "compile_plan",
 ]

@@ -28,7 +28,7 @@ from diffpolicy.control.serving.client import _connect
 from diffpolicy.control.serving.remote import describe, described
 from diffpolicy.control.strategies import Strategy
 from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained
+from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained, blended
 from diffpolicy.diffusion.prefix import Prefix, hard
 from diffpolicy.errors import ControlError
 from diffpolicy.policy import Policy
@@ -172,7 +172,11 @@ def test_a_runner_writes_the_same_actions_through_a_server(policy: Policy, strat
 
 
 @pytest.mark.parametrize(
-    "guide", [RealTimeChunk, Pinned, Trained, partial(RealTimeChunk, beta=50.0, variance=Spread(0.3), jacobian=False)]
+    "guide",
+    [
+        *(RealTimeChunk, Pinned, Trained, blended, partial(blended, beta=20.0, std=0.3)),
+        partial(RealTimeChunk, beta=50.0, variance=Spread(0.3), jacobian=False),
+    ],
 )
 def test_what_a_chunk_must_agree_with_comes_through(guide: Callable):
     prefix = Prefix(torch.randn(2, 8, 3), torch.rand(8), guide, repeats=2)

@@ -14,12 +14,12 @@ import torch
 from diffpolicy.control.serving import wire
 from diffpolicy.control.serving.client import Client
 from diffpolicy.data.normalizer import Normalizer
-from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained
+from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained, blended
 from diffpolicy.diffusion.prefix import Guide, Prefix
 from diffpolicy.errors import ControlError
 
-GUIDES: dict[str, Guide] = {"real_time": RealTimeChunk, "pinned": Pinned, "trained": Trained}
-OPTIONS = {"real_time": ("beta", "std", "jacobian"), "pinned": (), "trained": ()}
+GUIDES: dict[str, Guide] = {"real_time": RealTimeChunk, "pinned": Pinned, "blended": blended, "trained": Trained}
+OPTIONS = {"real_time": ("beta", "std", "jacobian"), "pinned": (), "blended": ("beta", "std"), "trained": ()}
 STATISTICS = ("scale", "offset", "minimum", "maximum")
 MAX_REPEATS = 16
 
@@ -68,7 +68,7 @@ def describe(prefix: Prefix) -> dict[str, Any]:
     if name is None or set(options) - set(OPTIONS[name]) or (spread is not None and "std" not in options):
         raise ControlError(
             f"a server does not know the guide {prefix.guide}; wanted RealTimeChunk (beta, jacobian, a Spread as its "
-            "variance), Pinned or Trained"
+            "variance), Pinned, blended (beta, std) or Trained"
         )
     weights = prefix.weights.expand(prefix.chunk.shape[:2]).numpy()
     return {
@@ -102,7 +102,7 @@ def _guide(name: str, options: Any) -> Guide:
     if not known or not all(isinstance(v, int | float) and 0 <= v <= 1e6 for v in options.values()):
         raise ControlError(f"the prefix's options are not those of {name}; wanted numbers for {OPTIONS[name]}")
     options = dict(options)
-    if "std" in options:
+    if name == "real_time" and "std" in options:
         options["variance"] = Spread(options.pop("std"))
     return partial(GUIDES[name], **options) if options else GUIDES[name]
 
