@@ -7,8 +7,8 @@
     python scripts/robot_control.py --server ws://127.0.0.1:8700
 
 The policy is the three lines of `main`. An action is a velocity here and 0 rests, so the arm may wait for each chunk:
-like this it held 10 of 10 goals in 40 s, with the policy here and behind a server on the same 2 cores. Where an arm must
-not stop, `RealTime(blended)` goes on moving. For a real arm, `read` and `write` talk to its driver instead.
+like this it held 10 of 10 goals in 40 s, with the policy here and behind a server on the same 2 cores. Where an arm
+must not stop, `RealTime(blended)` goes on moving. For a real arm, `read` and `write` talk to its driver instead.
 """
 
 import os
