@@ -221,6 +221,12 @@ class Report:
         ]
 
 
+def _where(policy: Policy) -> str:
+    """Return the device, and the backend of a compiled plan."""
+    backend = getattr(policy.compiled, "backend", None)
+    return str(policy.device) if backend is None else f"{policy.device} through {backend}"
+
+
 def plan_latency(policy: Policy) -> dict[str, float]:
     """Milliseconds of one `plan` at batch 1, the transfer back included: p50 and p99 of 30 after 3 for warming up."""
     history = {
@@ -298,7 +304,7 @@ def summarise(
         plan_ms=plan_latency(policy) if policy else {"p50": 0.0, "p99": 0.0},
         sampler=f"{sampler.sampler} {sampler.steps}" if sampler else type(actor).__name__,
         nfe=policy.planner.evaluations if policy else 0,
-        device=str(policy.device) if policy else "cpu",
+        device=_where(policy) if policy else "cpu",
         versions=versions,
         by_episode={
             k: [float(x) if np.isfinite(x) else None for x in v] for k, v in by_episode.items() if v is not None

@@ -40,7 +40,14 @@ def test_collect_train_resume_evaluate_compare(tmp_path, capsys):
     assert "difference" in capsys.readouterr().out
     assert main(["evaluate", runs[1], "--episodes", "2", "--sampler", "heun", "--steps", "3", "--no-video"]) == 0
     report = json.loads((tmp_path / "b" / "eval" / "report.json").read_text())
-    assert (report["sampler"], report["nfe"]) == ("heun 3", 5)
+    assert (report["sampler"], report["nfe"], report["device"]) == ("heun 3", 5, "cpu")
+    argv = ["evaluate", runs[1], "--episodes", "2", "--sampler", "heun", "--steps", "3", "--no-video", "--backend"]
+    assert main([*argv, "eager"]) == 0
+    compiled = json.loads((tmp_path / "b" / "eval" / "report.json").read_text())
+    assert compiled["device"] == "cpu through eager"
+    np.testing.assert_allclose(compiled["by_episode"]["return"], report["by_episode"]["return"], rtol=1e-3)
+    assert main([*argv, "abacus"]) == 2
+    assert "no backend 'abacus'" in capsys.readouterr().err
 
 
 def test_without_a_task_a_policy_is_evaluated_in_the_environment_of_its_dataset(tmp_path, capsys):

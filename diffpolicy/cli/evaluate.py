@@ -16,6 +16,7 @@ from diffpolicy import pictures
 from diffpolicy import train as training
 from diffpolicy.cli.late import LateArgs, evaluate_late
 from diffpolicy.cli.shared import Flat, json_object, progress_bar, read_config
+from diffpolicy.control.compiled.plan import compile_plan
 from diffpolicy.control.delays import World
 from diffpolicy.data import scores
 from diffpolicy.errors import PolicyError, SpecError, first_line
@@ -56,6 +57,8 @@ class EvaluateArgs:
     """What a policy that is told its goal is told, 1 for the data's best."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    backend: str | None = None
+    """Plan by a program compiled for one environment, as a robot would: auto, or a backend of compile_plan."""
     out: Path | None = None
     """Folder of the report; RUN/eval if not given."""
     asynchronous: bool = False
@@ -130,7 +133,7 @@ def task_of(args: EvaluateArgs) -> Task:
 
 
 def _acting(policy: Policy, args: EvaluateArgs) -> Policy:
-    """Return the policy with the choosing and the guidance asked for."""
+    """Return the policy with the choosing, the guidance and the backend asked for."""
     if args.samples is not None or args.temperature is not None:
         own = policy.selection.config if policy.selection else SelectionConfig()
         samples = own.samples if args.samples is None else args.samples
@@ -138,7 +141,7 @@ def _acting(policy: Policy, args: EvaluateArgs) -> Policy:
         policy = policy.with_selection(SelectionConfig(samples, temperature))
     if args.guidance_weight is not None or args.guidance_goal is not None:
         policy = policy.with_guidance(args.guidance_weight, args.guidance_goal)
-    return policy
+    return policy if args.backend is None else policy.with_plan(compile_plan(policy, backend=args.backend))
 
 
 def load_policy(run: Path, device: str, sampler: str | None, steps: int | None) -> Policy:
