@@ -157,7 +157,7 @@ class Actor:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        norm = clip_gradient(self.model, self.config.grad_clip)
         self.optimizer.step()
         self.ema.update(self.model)
         self.updates += 1
@@ -178,6 +178,15 @@ class Actor:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
+
+
+def clip_gradient(module: nn.Module, limit: float) -> torch.Tensor:
+    """Shorten the gradient to a norm of `limit`; return its norm before, still on the device."""
+    parameters = list(module.parameters())
+    norm = nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
+    if norm.device.type != "cpu" or not norm <= limit:  # multiplying by 1 would read and write it all
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 @dataclass(frozen=True)
@@ -283,7 +292,7 @@ class Imitation(ABC, Generic[C]):
         loss = self.loss(self.model, batch, self.generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        norm = clip_gradient(self.model, self.config.grad_clip)
         self.optimizer.step()
         self.ema.update(self.model)
         self.step += 1

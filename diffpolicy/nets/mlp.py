@@ -44,10 +44,14 @@ class Mlp(Network):
         )
         self.outlet = nn.Sequential(nn.LayerNorm(hidden_dim), nn.Mish(), nn.Linear(hidden_dim, horizon * action_dim))
 
-    def modulation(self, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        """Share of diffusion time and condition in the first layer, bias included, `(B, hidden_dim)`."""
-        known = self.time(t) if cond is None else torch.cat([self.time(t), cond], dim=-1)
-        return functional.linear(known, self.inlet.weight[:, self.chunk_size :], self.inlet.bias)
+    def of_time(self, t: torch.Tensor) -> torch.Tensor:
+        """Share of diffusion time in the first layer, bias included, `(B, hidden_dim)`."""
+        first = self.chunk_size
+        return functional.linear(self.time(t), self.inlet.weight[:, first : first + self.time.dim], self.inlet.bias)
+
+    def of_cond(self, cond: torch.Tensor) -> torch.Tensor:
+        """Share of the condition in the first layer, `(B, hidden_dim)`."""
+        return functional.linear(cond, self.inlet.weight[:, self.chunk_size + self.time.dim :])
 
     def body(self, x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """The rest of the first layer, the blocks, the outlet."""

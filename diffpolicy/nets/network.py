@@ -2,8 +2,9 @@
 
     modulation(t, cond) -> m        body(x_t, m) -> chunk        forward(x_t, t, cond) = body(x_t, modulation(t, cond))
 
-While one chunk is sampled, the times are known beforehand and the condition stands still: the first stage can run once
-for all steps, which reads its weights once, and only the body runs at each.
+The first stage is a sum, `of_time(t) + of_cond(cond)`. A sampler's times are known before it starts and the condition
+stands still while it runs: the share of each time can be kept, that of the condition is worked out once a chunk, and
+only the body runs at each step.
 """
 
 from abc import ABC, abstractmethod
@@ -18,8 +19,16 @@ class Network(nn.Module, ABC):
     """`(B, Tp, Da), (B,), (B, C) -> (B, Tp, Da)`."""
 
     @abstractmethod
+    def of_time(self, t: torch.Tensor) -> torch.Tensor:
+        """Share of diffusion time `(B,)` in the modulation, biases included, `(B, M)`."""
+
+    @abstractmethod
+    def of_cond(self, cond: torch.Tensor) -> torch.Tensor:
+        """Share of the condition `(B, C)` in the modulation, `(B, M)`."""
+
     def modulation(self, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        """What diffusion time `(B,)` and condition `(B, C)` say to the body, `(B, M)`."""
+        """What diffusion time and condition say to the body, `(B, M)`."""
+        return self.of_time(t) if cond is None else self.of_time(t) + self.of_cond(cond)
 
     @abstractmethod
     def body(self, x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,14 @@ class Prefixed(Network):
         length = torch.randint(self.longest + 1, (n, 1), generator=generator, device=device)
         return torch.arange(horizon, device=device) < length
 
+    def of_time(self, t: torch.Tensor) -> torch.Tensor:
+        """As the network inside."""
+        return self.inner.of_time(t)
+
+    def of_cond(self, cond: torch.Tensor) -> torch.Tensor:
+        """As the network inside."""
+        return self.inner.of_cond(cond)
+
     def modulation(self, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """As the network inside."""
         return self.inner.modulation(t, cond)

@@ -4,7 +4,9 @@
     out[2l], out[2l+1] = [x[l-1] x[l] x[l+1]]   times   (W3 W1 0; 0 W2 W0)      the transposed one: kernel 4, stride 2
 
 At batch 1 sampling is reading weights, and compilers read matrices best: they lay them out once, and keep 8 bits with
-one scale a row packed until they are used.
+one scale a row packed until they are used. Small matrices stay exact: they are little to read, and near the network's
+ends they decide most. With all of the canonical network in 8 bits an action differs by 2.0 % of its range, with its
+large matrices (86 % of the weights) by 0.5 %.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from diffpolicy.nets.conv import two_phases
+
 Product = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
 AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
+LARGE = 0.01
+"""Share of all weights from which on a matrix is large."""
 
 
 class Exact(nn.Module):
@@ -71,8 +77,8 @@ class WindowProduct(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Cut windows, multiply, lay the phases side by side."""
         rows = functional.pad(x.transpose(1, 2), (0, 0, self.padding, self.padding))
-        starts = rows.shape[1] - self.width + 1
-        windows = torch.cat([rows[:, k : k + starts : self.stride] for k in range(self.width)], dim=-1)
+        starts = torch.arange(0, rows.shape[1] - self.width + 1, self.stride).unsqueeze(1)
+        windows = rows.index_select(1, (starts + torch.arange(self.width)).flatten()).view(len(rows), len(starts), -1)
         out = self.product(windows)
         return out.reshape(len(out), out.shape[1] * self.phases, -1).transpose(1, 2)
 
@@ -82,12 +88,17 @@ def with_products(network: AnyNetwork, product: Product) -> AnyNetwork:
 
     Args:
         network: of `Conv1d`, `ConvTranspose1d` (kernel 4, stride 2, padding 1) and `Linear`; it stays as it was.
-        product: `Exact` or `Compressed`.
+        product: of the large matrices, `Exact` or `Compressed`; the others are exact.
     """
     copy = deepcopy(network).requires_grad_(False)
+    large = LARGE * sum(weight.numel() for weight in copy.parameters())
+
+    def product_of(matrix: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+        return (product if matrix.numel() >= large else Exact)(matrix, bias)
+
     for module in list(copy.modules()):
         for name, child in module.named_children():
-            setattr(module, name, _as_product(child, product))
+            setattr(module, name, _as_product(child, product_of))
     return copy
 
 
@@ -101,12 +112,6 @@ def _as_product(module: nn.Module, product: Product) -> nn.Module:
     if isinstance(module, nn.ConvTranspose1d):
         assert (module.kernel_size, module.stride, module.padding) == ((4,), (2,), (1,))
         bias = None if module.bias is None else module.bias.repeat(2)
-        return WindowProduct(product(_two_phases(module.weight), bias), width=3, stride=1, padding=1, phases=2)
+        matrix = two_phases(module.weight).flatten(1)
+        return WindowProduct(product(matrix, bias), width=3, stride=1, padding=1, phases=2)
     return module
-
-
-def _two_phases(weight: torch.Tensor) -> torch.Tensor:
-    """`(C_in, C_out, 4) -> (2 C_out, 3 C_in)`: even positions see `x[l-1], x[l]`, odd ones `x[l], x[l+1]`."""
-    tap = weight.permute(2, 1, 0)
-    none = torch.zeros_like(tap[0])
-    return torch.cat([torch.cat([tap[3], tap[1], none], dim=1), torch.cat([none, tap[2], tap[0]], dim=1)])

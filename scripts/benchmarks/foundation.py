@@ -30,6 +30,7 @@ from diffpolicy.parts import DenoiserConfig
 
 RESULTS = Path(__file__).parent / "results"
 CANONICAL = (256, 512, 1024)
+FIVE_MILLION = (64, 128, 256)
 
 
 def median_seconds(
@@ -122,18 +123,18 @@ def bench_forward(batch: int, samples: int, device: torch.device) -> dict:
     )
 
 
-def bench_train(batch: int, samples: int, device: torch.device) -> dict:
-    """Whole training steps of the canonical network: batch, loss, gradient, optimizer, average of the weights."""
+def bench_train(name: str, dims: tuple[int, ...], batch: int, samples: int, device: torch.device) -> dict:
+    """Whole training steps: batch, loss, gradient, optimizer, average of the weights."""
     episodes = random_episodes(20_000, 200, 20)
     spec = Spec.from_episodes(episodes, 16, 2, 8)
-    agent = Bc(spec, Normalizer.fit(episodes), BcConfig(DenoiserConfig(down_dims=CANONICAL)), 10_000, device)
+    agent = Bc(spec, Normalizer.fit(episodes), BcConfig(DenoiserConfig(down_dims=dims)), 10_000, device)
     windows = Windows(episodes, spec, device=device)
     generator = torch.Generator().manual_seed(0)
     items = ItemDataset(
         [{"obs": e.obs["obs"], "action": e.action} for e in (episodes[i] for i in range(len(episodes)))], 16, 2, 8
     )
     loader = itertools.cycle(iter(DataLoader(items, batch_size=batch, shuffle=True, drop_last=True)))
-    trainer = PlainTrainer(PlainUNet(2, 40, CANONICAL), device)
+    trainer = PlainTrainer(PlainUNet(2, 40, dims), device)
 
     def ours() -> None:
         agent.update(
@@ -146,7 +147,7 @@ def bench_train(batch: int, samples: int, device: torch.device) -> dict:
 
     seconds = median_seconds((ours, peer), samples, device)
     return result(
-        f"train-b{batch}-canonical",
+        name,
         "samples/s",
         batch / seconds[0],
         batch / seconds[1],
@@ -168,7 +169,8 @@ def main() -> None:
         bench_gather(3 if few else 200, device),
         bench_forward(1, 2 if few else 30, device),
         bench_forward(64, 1 if few else 10, device),
-        bench_train(16 if few else 256, 1 if few else 5, device),
+        bench_train("train-b256-canonical", CANONICAL, 16 if few else 256, 1 if few else 5, device),
+        bench_train("train-5m", FIVE_MILLION, 128, 1 if few else 40, device),
     ]
     if not few:
         RESULTS.mkdir(exist_ok=True)

@@ -2,7 +2,8 @@
 
     python scripts/benchmarks/sampling.py [--device cuda] [--threads 2] [--only cpu-b1-5m] [--quick]
 
-Both have the same weights and get the same noise; they alternate in one process and a figure is the median. The
+Both have the same weights and get the same noise; they alternate in one process, six plans each, and a figure is the
+median. The
 memory bound is what reading the network's weights once an evaluation would take at the bandwidth measured here.
 """
 
@@ -33,6 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 CANONICAL = (256, 512, 1024)  # 65.78 M with kernel 5, actions of 2, condition of 40
 FIVE_MILLION = (64, 128, 256)  # 5.41 M likewise
 STEPS = 10
+BLOCK = 6
 
 
 @dataclass(frozen=True)
@@ -108,24 +110,28 @@ def plain_plan(policy: Policy, dims: tuple[int, int, int]) -> Callable[..., torc
     return plan
 
 
-def medians(runs: list[Callable[[], Any]], samples: int, device: torch.device) -> list[float]:
-    """Time all in turn, two unmeasured rounds first; return the median seconds of each."""
+def medians(runs: list[Callable[[], Any]], rounds: int, device: torch.device) -> list[float]:
+    """Time all in turn, `BLOCK` times each a round, one unmeasured round first; return the median seconds of each.
+
+    One plan after the other is how a robot plans; right after another runtime, its threads still wait on the cores.
+    """
     times: list[list[float]] = [[] for _ in runs]
-    for k in range(samples + 2):
+    for k in range(rounds + 1):
         for which, run in enumerate(runs):
-            begin = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if k >= 2:
-                times[which].append(time.perf_counter() - begin)
+            for _ in range(BLOCK):
+                begin = time.perf_counter()
+                run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if k:
+                    times[which].append(time.perf_counter() - begin)
     return [float(np.median(t)) for t in times]
 
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second of summing 512 MB of float32, which no cache holds."""
     data = torch.ones(2**27, device=device)
-    return data.numel() * 4 / medians([lambda: data.sum()], 8, device)[0]
+    return data.numel() * 4 / medians([lambda: data.sum()], 2, device)[0]
 
 
 def bench(row: Row, samples: int, device: torch.device) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def bench(row: Row, samples: int, device: torch.device) -> dict[str, Any]:
         "weights": weights,
         "bandwidth_gb_s": bandwidth / 1e9,
         "memory_bound_ms": 1e3 * STEPS * weights * row.bytes_a_weight / bandwidth,
-        "samples": samples,
+        "samples": samples * BLOCK,
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else machine,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
     }
@@ -185,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [row for row in ROWS[args.device] if not args.only or row.name in args.only]
-    results = [bench(row, 2 if args.quick else 30, torch.device(args.device)) for row in rows]
+    results = [bench(row, 1 if args.quick else 8, torch.device(args.device)) for row in rows]
     if not args.quick and not args.only:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"sampling-{args.device}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -37,7 +37,7 @@ NETWORKS = {"unet1d": DenoiserConfig(down_dims=(16, 32), kernel_size=3), "mlp": 
 QUICK = [name for name in usable_on("cpu") if name != "inductor"]  # which takes half a minute to compile
 DENOISING = [name for name in SAMPLERS if name not in MOST_STEPS]
 EXACT = [name for name in QUICK if "-" not in name]
-TOLERANCE = {name: 0.01 if "-" in name else 1e-4 for name in BACKENDS}
+TOLERANCE = {name: 0.015 if "-" in name else 1e-4 for name in BACKENDS}  # untrained networks magnify rounding
 
 
 @cache

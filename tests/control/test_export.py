@@ -139,8 +139,8 @@ def test_a_u_net_of_4_steps_is_one_file_that_holds_its_weights_once(kind, batch_
     assert_acts_as(policy, path, kind, batch_size)
     weights = 4 * sum(p.numel() for p in policy.denoiser.parameters())
     held = (path.with_suffix(".bin") if kind == "openvino" else path).stat().st_size
-    # OpenVINO keeps equal constants (the zeros of biases) once; a transposed convolution becomes a product half zeros
-    assert 0.98 * weights < held < 2 * weights + 150_000
+    # of the first stage only the condition's share is kept; a transposed convolution becomes a product half zeros
+    assert 0.75 * weights < held < 2 * weights + 150_000
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         {"onnx": ["policy.onnx", "policy.onnx.json"], "openvino": ["policy.bin", "policy.xml", "policy.xml.json"]}[kind]
     )

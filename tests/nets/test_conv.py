@@ -1,4 +1,4 @@
-"""Our two ways of convolving against PyTorch's own."""
+"""Our ways of convolving against PyTorch's own."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from diffpolicy.nets.conv import FEW_POSITIONS, MANY_CHANNELS, Conv1d
+from diffpolicy.nets.conv import FEW_POSITIONS, MANY_CHANNELS, Conv1d, Upsample1d, join_channels
 from diffpolicy.nets.winograd import WIDTHS, winograd_conv1d
 
 
@@ -27,6 +27,31 @@ def test_both_ways_equal_pytorchs_convolution_and_its_gradients(batch, width, st
         (out * weights).sum().backward()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_upsampling_equals_pytorchs_transposed_convolution_and_its_gradients():
+    torch.manual_seed(0)
+    ours, theirs = Upsample1d(6).double(), nn.ConvTranspose1d(6, 6, 4, 2, 1).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 6, 7, dtype=torch.double, requires_grad=True)
+    weights = torch.randn(5, 6, 14, dtype=torch.double)
+    found = [
+        (out, *torch.autograd.grad((out * weights).sum(), [x, *module.parameters()]))
+        for module in (ours, theirs)
+        for out in [module(x)]
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_channels_are_joined_in_either_layout_and_stay_in_it():
+    x, y = torch.randn(4, 3, 5), torch.randn(4, 2, 5)
+    expected = torch.cat([x, y], dim=1)
+    first = [tensor.permute(2, 0, 1).contiguous().permute(1, 2, 0) for tensor in (x, y)]
+    assert torch.equal(join_channels(x, y), expected) and join_channels(x, y).is_contiguous()
+    joined = join_channels(first[0], first[1])
+    assert torch.equal(joined, expected) and joined.permute(2, 0, 1).is_contiguous()
 
 
 @pytest.mark.parametrize("length", [4, 5, 8, 16, 30])

@@ -65,7 +65,7 @@ class Job:
 
     def chain(self, bodies: Bodies) -> Chain:
         """Return the policy's sampler around `bodies`."""
-        return Chain(self.policy, self.network, bodies, self.batch_size, self.blank()[0].shape[1])
+        return Chain(self.policy, self.network, bodies, self.blank()[0].shape[1])
 
     def exported(self, product: Product) -> Any:
         """Return the body as an `onnx.ModelProto`: `x_t (n B, Tp, Da)`, `modulation (n B, M)` to the prediction.

@@ -1,10 +1,10 @@
 """One sampling as a chain around the part of the network that runs at every step.
 
-    history --encode--> cond --modulation of all times at once--> (R, B, M)
+    history --encode--> cond --its share of the modulation--> (B, M)   + (R, M), the share of each time, kept
     noise ----------------------> body -> body -> ... -> body --decode--> chunk
 
-The times of a sampler are known before it starts, so the first stage of the network (`nets/network.py`) runs once a
-plan. Backends differ in `body(x_t, modulation)` only: one compilation serves every sampler and number of steps, every
+The times of a sampler are known before it starts, so little of the network's first stage (`nets/network.py`) is left to
+a plan. Backends differ in `body(x_t, modulation)` only: one compilation serves every sampler and number of steps, every
 choice among samples, and every prefix. A guide that follows the Jacobian gets it from PyTorch's body.
 
 At `t = 1` the noise prediction is divided by `alpha`, about 5e-4: there 8 bits decide the sign of what is clipped. So
@@ -36,31 +36,22 @@ class Bodies:
     rest: Body
 
 
-class _BodyNetwork(nn.Module):
-    """A body in the place of a network: its condition is the modulation, which knows the time."""
-
-    def __init__(self, body: Body) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        return self.body(x_t, modulation)
-
-
 class _Modulated(Denoiser):
     """Hands the modulation of time `t` to the denoiser of that time's body.
 
-    Its condition is the policy's own, `cond_dim` numbers, then the modulations of all times: `(B, C + R M)`. A critic
+    Its condition is the policy's own, `cond_dim` numbers, then its share of the modulation: `(B, C + M)`. A critic
     reads the first of them, and repeating rows repeats all that belongs to them.
     """
 
-    def __init__(self, bodies: Bodies, own: Body, denoiser: NetworkDenoiser, times: list[float], cond_dim: int) -> None:
+    of_times: torch.Tensor
+
+    def __init__(
+        self, bodies: Bodies, own: Body, denoiser: NetworkDenoiser, times: list[float], of_times: torch.Tensor,
+        cond_dim: int,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.first, self.rest, self.own = (
-            NetworkDenoiser(_BodyNetwork(body), denoiser.schedule, denoiser.prediction)
-            for body in (bodies.first, bodies.rest, own)
-        )
-        self.schedule, self.plain = denoiser.schedule, denoiser
+        self.bodies, self.own, self.plain, self.schedule = bodies, own, denoiser, denoiser.schedule
+        self.register_buffer("of_times", of_times)
         self.rows = {t: row for row, t in enumerate(times)}
         self.cond_dim = cond_dim
 
@@ -69,10 +60,11 @@ class _Modulated(Denoiser):
         if isinstance(t, torch.Tensor):  # each action has its own time: no modulation knows it
             return self.plain(x_t, t, cond[:, : self.cond_dim])
         row = self.rows[t]
-        modulation = cond[:, self.cond_dim :].unflatten(1, (len(self.rows), -1))[:, row].contiguous()
+        body = self.bodies.rest if row else self.bodies.first
         if x_t.requires_grad:  # compiled bodies have no derivative
-            return self.own(x_t, t, modulation)
-        return (self.rest if row else self.first)(x_t, t, modulation)
+            body = self.own
+        c_skip, c_out = self.plain.prediction.coefficients(*self.schedule(t))
+        return c_skip * x_t + c_out * body(x_t, self.of_times[row] + cond[:, self.cond_dim :])
 
 
 class _Times(Denoiser):
@@ -107,22 +99,18 @@ class Chain(nn.Module):
     Never waits for the device.
     """
 
-    times: torch.Tensor
-
-    def __init__(self, policy: Policy, network: Network, bodies: Bodies, batch_size: int, cond_dim: int) -> None:
+    def __init__(self, policy: Policy, network: Network, bodies: Bodies, cond_dim: int) -> None:
         super().__init__()
         times = times_of(policy)
-        self.network, self.normalizer, self.batch_size = network, policy.normalizer, batch_size
-        self.joining = policy.joining
-        self.register_buffer("times", torch.tensor(times, device=policy.device).repeat_interleave(batch_size))
-        self.denoiser = _Modulated(bodies, network.body, policy.denoiser, times, cond_dim)
+        self.network, self.normalizer, self.joining = network, policy.normalizer, policy.joining
+        with torch.no_grad():
+            of_times = network.of_time(torch.tensor(times, device=policy.device))
+        self.denoiser = _Modulated(bodies, network.body, policy.denoiser, times, of_times, cond_dim)
         planner = make_planner(self.denoiser, policy.denoiser_config.clip, policy.sampler_config)
         self.planner = make_selector(planner, policy.selection)
 
     def forward(self, cond: torch.Tensor, noise: torch.Tensor, prefix: Prefix | None = None) -> torch.Tensor:
         """Sample `(B, Tp, Da)` from `cond (B, C)` and `noise (draws, B, Tp, Da)`."""
-        repeats = len(self.times) // self.batch_size
-        modulation = self.network.modulation(self.times, cond.repeat(repeats, 1))
-        rows = modulation.view(repeats, self.batch_size, -1).transpose(0, 1).flatten(1)
         planner = self.planner if prefix is None else self.joining(self.denoiser, prefix)
-        return self.normalizer.decode_action(planner(torch.cat([cond, rows], dim=1), noise))
+        known = torch.cat([cond, self.network.of_cond(cond)], dim=1)
+        return self.normalizer.decode_action(planner(known, noise))

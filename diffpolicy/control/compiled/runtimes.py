@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
 from io import BytesIO
+from math import prod
 from statistics import median
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from diffpolicy.control.compiled.chain import Body
+from diffpolicy.nets.product import LARGE
 
 
 def to_onnx(module: nn.Module, arguments: tuple[Any, ...], inputs: list[str], outputs: list[str]) -> Any:
@@ -57,11 +59,14 @@ def onnxruntime_body(model: Any) -> Body:
 
 
 def eight_bits(model: Any) -> Any:
-    """Return a copy whose products with a constant matrix are `MatMulNBits`: 8 bits, one scale to 128 weights."""
+    """Return a copy whose products with a large matrix are `MatMulNBits`: 8 bits, one scale to 128 weights."""
     quantizer = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+    sizes = {weight.name: prod(weight.dims) for weight in model.graph.initializer}
+    large = LARGE * sum(sizes.values())
+    small = [node.name for node in model.graph.node if all(sizes.get(name, 0) < large for name in node.input)]
     with quiet():
         of = quantizer.MatMulNBitsQuantizer(
-            deepcopy(model), bits=8, block_size=128, is_symmetric=True, accuracy_level=4
+            deepcopy(model), bits=8, block_size=128, is_symmetric=True, accuracy_level=4, nodes_to_exclude=small
         )
         of.process()
     return of.model.model
