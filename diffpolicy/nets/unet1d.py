@@ -16,6 +16,7 @@ of the diffusion time's embedding and the condition. With Chi et al.'s Push-T se
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -111,24 +112,28 @@ class UNet1d(Network):
             conv_block(down_dims[0], down_dims[0], kernel_size, groups), Conv1d(down_dims[0], action_dim, 1)
         )
         self.blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]  # as they run
-        self.film_sizes = [block.film[1].out_features for block in self.blocks]
+        self.film_sizes = [film.out_features for film in self.films]
+
+    @property
+    def films(self) -> list[nn.Linear]:
+        """What makes scales and shifts of an activated embedding, a block each, as they run."""
+        return [cast(nn.Linear, block.film[1]) for block in self.blocks]
 
     def of_time(self, t: torch.Tensor) -> torch.Tensor:
         """Share of diffusion time in the scales and shifts of all blocks, side by side, `(B, 2 sum C_out)`."""
-        activated, films = functional.mish(self.time(t)), [block.film[1] for block in self.blocks]
-        parts = [functional.linear(activated, film.weight[:, : self.time.dim], film.bias) for film in films]
-        return torch.cat(parts, dim=-1)
+        activated, n = functional.mish(self.time(t)), self.time.dim
+        return torch.cat([functional.linear(activated, film.weight[:, :n], film.bias) for film in self.films], dim=-1)
 
     def of_cond(self, cond: torch.Tensor) -> torch.Tensor:
         """Share of the condition, likewise."""
-        activated, films = functional.mish(cond), [block.film[1] for block in self.blocks]
-        return torch.cat([functional.linear(activated, film.weight[:, self.time.dim :]) for film in films], dim=-1)
+        activated, n = functional.mish(cond), self.time.dim
+        return torch.cat([functional.linear(activated, film.weight[:, n:]) for film in self.films], dim=-1)
 
     def modulation(self, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
         """Both shares at once: a training step, where no time comes twice, is faster with one product a block."""
         embedding = self.time(t) if cond is None else torch.cat([self.time(t), cond], dim=-1)
         activated = functional.mish(embedding)  # the first layer of every `film`, once
-        return torch.cat([block.film[1](activated) for block in self.blocks], dim=-1)
+        return torch.cat([film(activated) for film in self.films], dim=-1)
 
     def body(self, x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """Down, middle, up, head."""

@@ -123,7 +123,7 @@ def bench_forward(batch: int, samples: int, device: torch.device) -> dict:
     )
 
 
-def bench_train(name: str, dims: tuple[int, ...], batch: int, samples: int, device: torch.device) -> dict:
+def bench_train(name: str, dims: tuple[int, int, int], batch: int, samples: int, device: torch.device) -> dict:
     """Whole training steps: batch, loss, gradient, optimizer, average of the weights."""
     episodes = random_episodes(20_000, 200, 20)
     spec = Spec.from_episodes(episodes, 16, 2, 8)
