@@ -8,8 +8,6 @@ Ours and the peer alternate in one process; a figure is the median. Results go t
 import argparse
 import itertools
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 from plain import ItemDataset, PlainTrainer, PlainUNet
 from torch.utils.data import DataLoader
+from where import where
 
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.data.episodes import Episode, Episodes, from_list
@@ -51,8 +50,6 @@ def median_seconds(
 
 def result(name: str, unit: str, ours: float, peer: float, ratio: float, samples: int, device: torch.device) -> dict:
     """Return one row; `ratio` above 1 means that ours is better."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     row = {
         "name": f"{device.type}-{name}",
         "ours": ours,
@@ -60,9 +57,7 @@ def result(name: str, unit: str, ours: float, peer: float, ratio: float, samples
         "ratio": ratio,
         "unit": unit,
         "samples": samples,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else machine,
-        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-        "commit": git.stdout.strip(),
+        **where(device),
     }
     print(f"{name:<28} ours {ours:10.4g} {unit:<10} peer {peer:10.4g}   ratio {ratio:.2f}")
     return row

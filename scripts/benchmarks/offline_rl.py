@@ -9,7 +9,6 @@ updating all networks on it. d3rlpy's IQL has two critics, a value and an actor,
 
 import argparse
 import json
-import platform
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from where import where
 
 from diffpolicy.agents.dql import Dql, DqlConfig
 from diffpolicy.agents.idql import Idql, IdqlConfig
@@ -140,8 +140,7 @@ def bench(row: Row, peer: Peer, rounds: int, seconds: float) -> dict[str, Any]:
         "unit": "steps/s",
         "rounds": rounds,
         "seconds_a_round": seconds,
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"torch": str(torch.__version__), "d3rlpy": peer.version, "python": platform.python_version()},
+        **where(d3rlpy=peer.version),
     }
 
 

@@ -11,7 +11,6 @@ everything has been used, and at its end.
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from where import where
 
 from diffpolicy.control import Limits, RealTime, Runner, Safety
 from diffpolicy.control.report import Report
@@ -114,8 +114,7 @@ def result_of(args: argparse.Namespace, report: Report, memory: dict[str, float]
         "delay_actions": {"p50": float(np.median(delays)), "max": max(delays)},
         "over_budget": report.counts.over_budget,
         "memory_mb": memory,
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+        **where(),
     }
 
 

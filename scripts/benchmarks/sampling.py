@@ -9,7 +9,6 @@ memory bound is what reading the network's weights once an evaluation would take
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from plain import PlainUNet
 from torch import nn
+from where import where
 
 from diffpolicy.control.compiled.plan import compile_plan, example, share_of_range
 from diffpolicy.data.episodes import Episode, from_list
@@ -152,7 +152,6 @@ def bench(row: Row, samples: int, device: torch.device) -> dict[str, Any]:
     best = min(by_backend, key=by_backend.__getitem__)
     weights = sum(p.numel() for p in policy.denoiser.parameters())
     bandwidth = read_bandwidth(device)
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     result = {
         "name": row.name,
         "ours": by_backend[best],
@@ -167,8 +166,7 @@ def bench(row: Row, samples: int, device: torch.device) -> dict[str, Any]:
         "bandwidth_gb_s": bandwidth / 1e9,
         "memory_bound_ms": 1e3 * STEPS * weights * row.bytes_a_weight / bandwidth,
         "samples": samples * BLOCK,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else machine,
-        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+        **where(device),
     }
     print(
         f"{row.name:<28} ours {result['ours']:8.2f} ms ({best})   plain {peer:8.2f} ms   ratio {result['ratio']:.2f}   "

@@ -8,7 +8,6 @@ the same server with batches of one row. A figure is chunks a second over all cl
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -88,6 +87,7 @@ def bench(row: Row, run: Path, clients: int, quick: bool) -> dict[str, Any]:
     """Measure a row and its peer."""
     import torch
     from sampling import CANONICAL, make_policy
+    from where import where
 
     from diffpolicy.control import compile_plan
     from diffpolicy.policy import Policy
@@ -125,8 +125,7 @@ def bench(row: Row, run: Path, clients: int, quick: bool) -> dict[str, Any]:
         "one_client_alone": alone,
         "seconds": seconds,
         "weights": sum(p.numel() for p in policy.denoiser.parameters()),
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+        **where(),
     }
 
 

@@ -185,21 +185,28 @@ def table(study: Study, played: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
             for cell, report in sorted(played.items(), key=lambda it: (it[0].objective, it[0].sampler, it[0].k))
         ],
         "claims": [
-            _claim(few, ten, reports[few], reports[ten]) for few, ten in CLAIMS if few in reports and ten in reports
+            claim
+            for few, ten in CLAIMS
+            if few in reports and ten in reports
+            for claim in _claims(few, ten, reports[few], reports[ten])
         ],
     }
 
 
-def _claim(few: str, ten: str, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    found: Comparison = next(row for row in compare(b, a) if row.name == "success")
-    difference = found.difference
-    return {
-        "few": few,
-        "ten": ten,
-        "difference": difference.value,
-        "ci95": [difference.low, difference.high],
-        "holds": difference.low >= -0.05,
-    }
+def _claims(few: str, ten: str, a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compare by success, and by score where there is one."""
+    found: list[Comparison] = [row for row in compare(b, a) if row.name in ("success", "score")]
+    return [
+        {
+            "few": few,
+            "ten": ten,
+            "metric": row.name,
+            "difference": row.difference.value,
+            "ci95": [row.difference.low, row.difference.high],
+            "holds": row.difference.low >= -0.05,
+        }
+        for row in found
+    ]
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -255,7 +262,11 @@ def summarise(work: Path, episodes: int, out: Path) -> None:
     for name, rows in found.items():
         print(f"\n{name}\n\n{markdown(rows)}\n")
         for claim in rows["claims"]:
-            print(f"{claim['few']} minus {claim['ten']}: {claim['difference']:+.3f} {claim['ci95']}")
+            low, high = claim["ci95"]
+            print(
+                f"{claim['metric']} of {claim['few']} minus {claim['ten']}: {claim['difference']:+.3f} "
+                f"[{low:+.3f}, {high:+.3f}]"
+            )
 
 
 def main() -> None:
