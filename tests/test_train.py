@@ -12,6 +12,7 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 from diffpolicy.errors import PolicyError, TrainingError
+from diffpolicy.imitation import clip_gradient
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy
 from diffpolicy.train import Order, TrainConfig, fit, train
@@ -114,7 +115,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_its_batch(tmp_path)
 
 
 def test_a_gradient_that_is_infinite_stops_the_run_before_its_weights_are_saved(tmp_path):
-    """Clipping turns it into NaN: the weights are spoilt one step before any loss is."""
+    """The weights are spoilt one step before any loss is."""
     episodes = make_episodes()
     agent = make_agent(episodes, 10)
     config = TrainConfig(steps=10, batch_size=8, log_every=3, checkpoint_every=3)
@@ -126,6 +127,18 @@ def test_a_gradient_that_is_infinite_stops_the_run_before_its_weights_are_saved(
     restored = make_agent(episodes, 10)
     run(restored, episodes, config, tmp_path)
     assert restored.step == 10
+
+
+@pytest.mark.parametrize("limit", [0.1, 100.0])
+def test_a_gradient_longer_than_the_limit_is_shortened_to_it_and_another_is_left(limit):
+    ours, theirs = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    for module in (ours, theirs):
+        module.weight.grad = torch.arange(6.0).view(2, 3)  # the bias has none
+    norm = clip_gradient(ours, limit)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit))
+    assert norm == pytest.approx(55**0.5) and ours.bias.grad is None
+    assert ours.weight.grad.norm() == pytest.approx(min(limit, 55**0.5), rel=1e-4)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
 
 
 def test_a_checkpoint_of_another_network_is_refused_in_one_sentence(tmp_path):

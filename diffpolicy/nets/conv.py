@@ -43,7 +43,7 @@ class Conv1d(nn.Conv1d):
         length = (x.shape[-1] + 2 * padding - width) // stride + 1
         if x.device.type == "cpu" and x.shape[0] * length <= FEW_POSITIONS:
             return self._windows_product(x, length)
-        if trains_on_cpu(x, self.weight):
+        if width <= max(WIDTHS) and trains_on_cpu(x, self.weight):  # wider ones copy too much to be faster
             if self.bias is not None and self._winograd_pays(x, length):
                 return winograd_conv1d(x, self.weight, self.bias)
             return length_first_product(x, self.weight.permute(0, 2, 1), self.bias, stride, padding)

@@ -60,5 +60,5 @@ class _NormMish(torch.autograd.Function):
 
 def _mean(sums: torch.Tensor, length: int, groups: int) -> torch.Tensor:
     """Sums over the length `(B, C)` to the mean of each group, repeated for its channels `(B, C)`."""
-    of_groups = sums.view(len(sums), groups, -1)
+    of_groups = sums.view(len(sums), groups, sums.shape[1] // groups)
     return of_groups.mean(2, keepdim=True).div_(length).expand_as(of_groups).reshape(sums.shape)

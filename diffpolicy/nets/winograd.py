@@ -8,9 +8,9 @@ values of the kernel `G w` times the values of the signal `D x`, then back:
                                @  n products   --> (n, T B, C_out) -- Y --> (L, B C_out)
     w (k, C_out C_in) - G --> (n, C_out, C_in)
 
-`D` and `Y` hold the tiles, the zeros at both ends and the interpolation in one matrix each, made once a length.
-All is plain tensor algebra, so gradients of any order exist. Rounding is about ten times that of the direct way: 5e-6
-of the outputs' size (`tests/nets/test_conv.py`).
+`D` and `Y` hold the tiles, the zeros at both ends and the interpolation in one matrix each, made once a length; a chunk
+of one tile needs 7 points for a kernel of 5, not 8. Gradients of any order exist. Rounding is about ten times that of
+the direct way: 5e-6 of the outputs' size (`tests/nets/test_conv.py`).
 """
 
 from functools import lru_cache
@@ -72,7 +72,7 @@ class _KernelValues(torch.autograd.Function):
 @lru_cache
 def _matrices(length: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `D (n T, L)`, `G (n, k)` and `Y (L, n T)`."""
-    made = _of_one_tile(width) if length == TILE else _of_tiles(length, width)
+    made = _of_one_tile(width) if length == TILE < width else _of_tiles(length, width)
     to_values, kernel_values, from_values = (matrix.to(dtype) for matrix in made)
     return to_values, kernel_values, from_values
 
@@ -93,7 +93,7 @@ def _of_tiles(length: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def _of_one_tile(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Interpolate the kernel instead: of a tile among zeros only `2 TILE - 1` taps reach from a value to another."""
+    """Interpolate the kernel instead: from value to value of a tile among zeros reach `2 TILE - 1` taps at most."""
     count, first = 2 * TILE - 1, TILE - 1 - width // 2
     interpolate = torch.linalg.inv(_values(count, count)).t()
     values = _values(count, TILE)

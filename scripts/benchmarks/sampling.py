@@ -3,8 +3,8 @@
     python scripts/benchmarks/sampling.py [--device cuda] [--threads 2] [--only cpu-b1-5m] [--quick]
 
 Both have the same weights and get the same noise; they alternate in one process, six plans each, and a figure is the
-median. The
-memory bound is what reading the network's weights once an evaluation would take at the bandwidth measured here.
+median. The memory bound is what reading the network's weights once an evaluation would take at the bandwidth measured
+here.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from diffpolicy.control.compiled import backends
 from diffpolicy.control.compiled.backends import BACKENDS, Job, usable_on
 from diffpolicy.control.compiled.chain import Bodies, times_of
 from diffpolicy.control.compiled.plan import CompiledPlan, Measured, build, compile_plan, example, share_of_range
+from diffpolicy.control.compiled.runtimes import eight_bits
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
@@ -18,7 +19,7 @@ from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Trained
 from diffpolicy.diffusion.prefix import Prefix, hard, prefix_weights
 from diffpolicy.errors import MissingExtraError, PolicyError
 from diffpolicy.guides import ClassifierFreeGuidance
-from diffpolicy.nets.product import Compressed, Exact, with_products
+from diffpolicy.nets.product import Compressed, Exact, WindowProduct, least_large, with_products
 from diffpolicy.parts import (
     MOST_STEPS,
     SAMPLERS,
@@ -37,7 +38,8 @@ NETWORKS = {"unet1d": DenoiserConfig(down_dims=(16, 32), kernel_size=3), "mlp": 
 QUICK = [name for name in usable_on("cpu") if name != "inductor"]  # which takes half a minute to compile
 DENOISING = [name for name in SAMPLERS if name not in MOST_STEPS]
 EXACT = [name for name in QUICK if "-" not in name]
-TOLERANCE = {name: 0.015 if "-" in name else 1e-4 for name in BACKENDS}  # untrained networks magnify rounding
+TOLERANCE = {name: 0.01 if "-" in name else 1e-4 for name in BACKENDS}
+TOLERANCE["onnxruntime-int8"] = 0.012  # it rounds activations too, and this network is small and untrained
 
 
 @cache
@@ -157,22 +159,37 @@ def test_another_sampler_of_a_compiled_policy_is_not_planned_by_the_old_one():
 
 
 @pytest.mark.parametrize(("sampler", "steps", "count"), [("ddim", 10, 10), ("heun", 5, 5), ("dpm++2m", 4, 4)])
-def test_the_modulation_is_worked_out_once_for_each_time_a_sampler_evaluates(sampler, steps, count):
+def test_a_plan_keeps_the_share_of_each_time_that_its_sampler_evaluates(sampler, steps, count):
     times = times_of(make_policy(sampler=sampler, steps=steps))
     assert times == pytest.approx([1 - i / steps for i in range(count)])
 
 
-def test_products_in_8_bits_are_within_1_over_254_of_a_rows_largest_weight():
+def test_large_matrices_have_8_bits_within_1_over_254_of_a_rows_largest_weight_and_small_ones_are_exact():
     network = make_policy().denoiser.network
-    exact, compressed = with_products(network, Exact), with_products(network, Compressed)
+    large = 0.01 * sum(weight.numel() for weight in network.parameters())
     pairs = [
-        (a.product.weight, b.product.weight)
-        for a, b in zip(exact.modules(), compressed.modules(), strict=True)
-        if type(a).__name__ == "WindowProduct"
+        (a.product.weight, b.product)
+        for a, b in zip(
+            with_products(network, Exact).modules(), with_products(network, Compressed).modules(), strict=True
+        )
+        if type(a) is WindowProduct
     ]
-    assert len(pairs) == 23
+    kinds = [(a.numel() >= large, type(b)) for a, b in pairs]
+    assert sorted(set(kinds), key=str) == [(False, Exact), (True, Compressed)] and len(kinds) == 23
     for a, b in pairs:
-        assert bool(((a - b).abs() <= a.abs().amax(1, keepdim=True) / 254 * 1.001).all())
+        limit = a.abs().amax(1, keepdim=True) / 254 * 1.001 if type(b) is Compressed else 0.0
+        assert bool(((a - b.weight).abs() <= limit).all())
+
+
+@pytest.mark.skipif("onnxruntime-int8" not in QUICK, reason="extra export")
+def test_onnx_runtimes_products_with_large_matrices_have_8_bits():
+    job = Job(make_policy(), 1)
+    compressed = eight_bits(job.exported(Exact), least_large(job.network))
+    found = [node.op_type for node in compressed.graph.node if node.op_type.startswith("MatMul")]
+    body = [module for module in with_products(job.network, Compressed).modules() if type(module) is WindowProduct]
+    openvinos = [type(module.product) for module in body]
+    assert 0 < found.count("MatMulNBits") == openvinos.count(Compressed)
+    assert 0 < found.count("MatMul") == openvinos.count(Exact)
 
 
 def test_auto_says_what_it_measured_and_keeps_the_fastest_within_the_limit(monkeypatch):

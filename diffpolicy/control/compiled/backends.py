@@ -27,7 +27,7 @@ from diffpolicy.control.compiled.runtimes import eight_bits, lacks_bfloat16, onn
 from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import MissingExtraError, PolicyError
 from diffpolicy.nets.network import Network
-from diffpolicy.nets.product import Compressed, Exact, Product, with_products
+from diffpolicy.nets.product import Compressed, Exact, Product, least_large, with_products
 from diffpolicy.policy import Policy
 
 ChainPlan = Callable[..., torch.Tensor]  # (cond, noise, prefix=None) -> chunk
@@ -160,7 +160,7 @@ def network_of(policy: Policy) -> Network:
     if not isinstance(network, Network):
         raise PolicyError(
             f"{type(network).__name__} is not a diffpolicy.nets.network.Network; give it the methods "
-            "modulation and body, or plan without compiling"
+            "of_time, of_cond and body, or plan without compiling"
         )
     return network
 
@@ -233,7 +233,7 @@ def _onnxruntime(job: Job) -> Bodies:
 
 def _onnxruntime_int8(job: Job) -> Bodies:
     exact = job.exported(Exact)
-    return Bodies(onnxruntime_body(exact), onnxruntime_body(eight_bits(exact)))
+    return Bodies(onnxruntime_body(exact), onnxruntime_body(eight_bits(exact, least_large(job.network))))
 
 
 def _openvino(job: Job, precision: str = "f32", product: Product = Exact) -> Bodies:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from diffpolicy.control.compiled.chain import Body
-from diffpolicy.nets.product import LARGE
 
 
 def to_onnx(module: nn.Module, arguments: tuple[Any, ...], inputs: list[str], outputs: list[str]) -> Any:
@@ -58,11 +57,10 @@ def onnxruntime_body(model: Any) -> Body:
     return body
 
 
-def eight_bits(model: Any) -> Any:
-    """Return a copy whose products with a large matrix are `MatMulNBits`: 8 bits, one scale to 128 weights."""
+def eight_bits(model: Any, large: float) -> Any:
+    """Return a copy whose products with `large` weights or more are `MatMulNBits`: 8 bits, one scale to 128 weights."""
     quantizer = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
     sizes = {weight.name: prod(weight.dims) for weight in model.graph.initializer}
-    large = LARGE * sum(sizes.values())
     small = [node.name for node in model.graph.node if all(sizes.get(name, 0) < large for name in node.input)]
     with quiet():
         of = quantizer.MatMulNBitsQuantizer(
