@@ -28,7 +28,7 @@ def report(successes: list[int]) -> dict:
         "env_id": "Maze", "env_kwargs": {}, "versions": {},
         "episodes": len(successes), "seeds": [0, len(successes) - 1],
         "success": {"rate": rate.value, "ci95": [rate.low, rate.high]}, "score": None,
-        "by_episode": {"success": [float(s) for s in successes]},
+        "by_episode": {"success": [float(s) for s in successes], "score": [0.8 + 0.1 * s for s in successes]},
     }  # fmt: skip
 
 
@@ -59,9 +59,11 @@ def test_the_table_of_known_reports_has_their_rates_and_paired_differences_and_i
     assert {(c["objective"], c["K"]): c["success"]["rate"] for c in found["cells"]} == {
         ("flow", 10): 0.75, ("mip", 2): 0.75, ("distilled", 1): 0.5
     }  # fmt: skip
-    same, worse = found["claims"]
+    same, _, worse, score = found["claims"]
     assert (same["few"], same["difference"], same["ci95"], same["holds"]) == ("mip-mip-2", 0.0, [0.0, 0.0], True)
     assert (worse["few"], worse["difference"], worse["holds"]) == ("distilled-one_step-1", -0.25, False)
+    assert (score["metric"], score["few"], score["holds"]) == ("score", "distilled-one_step-1", True)
+    assert score["difference"] == pytest.approx(-0.025)
     assert found["cells"][0]["succeeded"] == "0110" * 10
     assert (tmp_path / "out" / "steps.png").stat().st_size > 10_000
     assert "| flow | euler |  |  |  |  | 0.75 [0.60, 0.86] |  |  |" in capsys.readouterr().out
