@@ -8,16 +8,13 @@ Ours and the peer alternate in one process; a figure is the median. Results go t
 import argparse
 import itertools
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from measuring import medians, where
 from plain import ItemDataset, PlainTrainer, PlainUNet
 from torch.utils.data import DataLoader
-from where import where
 
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.data.episodes import Episode, Episodes, from_list
@@ -30,22 +27,6 @@ from diffpolicy.parts import DenoiserConfig
 RESULTS = Path(__file__).parent / "results"
 CANONICAL = (256, 512, 1024)
 FIVE_MILLION = (64, 128, 256)
-
-
-def median_seconds(
-    pair: tuple[Callable[[], Any], Callable[[], Any]], samples: int, device: torch.device
-) -> list[float]:
-    """Time both alternately, one unmeasured round first; return the two medians."""
-    times: list[list[float]] = [[], []]
-    for k in range(samples + 1):
-        for which, run in enumerate(pair):
-            begin = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if k:
-                times[which].append(time.perf_counter() - begin)
-    return [float(np.median(t)) for t in times]
 
 
 def result(name: str, unit: str, ours: float, peer: float, ratio: float, samples: int, device: torch.device) -> dict:
@@ -88,7 +69,7 @@ def bench_gather(samples: int, device: torch.device) -> dict:
     def ours() -> None:
         windows.gather(torch.randint(len(windows), (256,), generator=generator))
 
-    seconds = median_seconds((ours, lambda: next(loader)), samples, device)
+    seconds = medians((ours, lambda: next(loader)), samples, device)
     return result(
         "gather-256-of-1e6",
         "batches/s",
@@ -106,7 +87,7 @@ def bench_forward(batch: int, samples: int, device: torch.device) -> dict:
     x, cond = torch.randn(batch, 16, 2, device=device), torch.randn(batch, 40, device=device)
     t = torch.full((batch,), 0.5, device=device)
     with torch.inference_mode():
-        seconds = median_seconds((lambda: ours(x, t, cond), lambda: peer(x, 100 * t - 1, cond)), samples, device)
+        seconds = medians((lambda: ours(x, t, cond), lambda: peer(x, 100 * t - 1, cond)), samples, device)
     return result(
         f"forward-b{batch}-canonical",
         "ms",
@@ -140,7 +121,7 @@ def bench_train(name: str, dims: tuple[int, int, int], batch: int, samples: int,
         item = {k: v.to(device) for k, v in next(loader).items()}
         trainer.update(item["action"], item["obs"].flatten(1), item["valid"])
 
-    seconds = median_seconds((ours, peer), samples, device)
+    seconds = medians((ours, peer), samples, device)
     return result(
         name,
         "samples/s",

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from where import where
+from measuring import where
 
 from diffpolicy.agents.dql import Dql, DqlConfig
 from diffpolicy.agents.idql import Idql, IdqlConfig

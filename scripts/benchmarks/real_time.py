@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from where import where
+from measuring import where
 
 from diffpolicy.control import Limits, RealTime, Runner, Safety
 from diffpolicy.control.report import Report

@@ -9,7 +9,6 @@ here.
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from measuring import medians, where
 from plain import PlainUNet
 from torch import nn
-from where import where
 
 from diffpolicy.control.compiled.plan import compile_plan, example, share_of_range
 from diffpolicy.data.episodes import Episode, from_list
@@ -35,6 +34,7 @@ CANONICAL = (256, 512, 1024)  # 65.78 M with kernel 5, actions of 2, condition o
 FIVE_MILLION = (64, 128, 256)  # 5.41 M likewise
 STEPS = 10
 BLOCK = 6
+"""Plans in a row: so a robot plans, while right after another runtime its threads still wait on the cores."""
 
 
 @dataclass(frozen=True)
@@ -110,28 +110,10 @@ def plain_plan(policy: Policy, dims: tuple[int, int, int]) -> Callable[..., torc
     return plan
 
 
-def medians(runs: list[Callable[[], Any]], rounds: int, device: torch.device) -> list[float]:
-    """Time all in turn, `BLOCK` times each a round, one unmeasured round first; return the median seconds of each.
-
-    One plan after the other is how a robot plans; right after another runtime, its threads still wait on the cores.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for k in range(rounds + 1):
-        for which, run in enumerate(runs):
-            for _ in range(BLOCK):
-                begin = time.perf_counter()
-                run()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                if k:
-                    times[which].append(time.perf_counter() - begin)
-    return [float(np.median(t)) for t in times]
-
-
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second of summing 512 MB of float32, which no cache holds."""
     data = torch.ones(2**27, device=device)
-    return data.numel() * 4 / medians([lambda: data.sum()], 2, device)[0]
+    return data.numel() * 4 / medians([lambda: data.sum()], 8, device)[0]
 
 
 def bench(row: Row, samples: int, device: torch.device) -> dict[str, Any]:
@@ -147,7 +129,7 @@ def bench(row: Row, samples: int, device: torch.device) -> dict[str, Any]:
     if not plans:
         raise SystemExit(f"{row.name}: no backend of {row.backends} can run: {left_out}")
     runs = [lambda: theirs(*case), *((lambda plan=plan: plan(*case)) for plan in plans.values())]
-    peer, *ours = (1e3 * seconds for seconds in medians(runs, samples, device))
+    peer, *ours = (1e3 * seconds for seconds in medians(runs, samples, device, BLOCK))
     by_backend = dict(zip(plans, ours, strict=True))
     best = min(by_backend, key=by_backend.__getitem__)
     weights = sum(p.numel() for p in policy.denoiser.parameters())

@@ -86,8 +86,8 @@ def measure(policy: Any, rows: int, clients: int, seconds: float) -> dict[str, A
 def bench(row: Row, run: Path, clients: int, quick: bool) -> dict[str, Any]:
     """Measure a row and its peer."""
     import torch
+    from measuring import where
     from sampling import CANONICAL, make_policy
-    from where import where
 
     from diffpolicy.control import compile_plan
     from diffpolicy.policy import Policy

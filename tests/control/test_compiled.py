@@ -181,7 +181,6 @@ def test_large_matrices_have_8_bits_within_1_over_254_of_a_rows_largest_weight_a
         assert bool(((a - b.weight).abs() <= limit).all())
 
 
-@pytest.mark.skipif("onnxruntime-int8" not in QUICK, reason="extra export")
 def test_onnx_runtimes_products_with_large_matrices_have_8_bits():
     job = Job(make_policy(), 1)
     compressed = eight_bits(job.exported(Exact), least_large(job.network))
