@@ -6,24 +6,21 @@
 it, and keeps the fastest of those within the limit. What it found stands in `CompiledPlan.measured`.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from diffpolicy.control.compiled.backends import BACKENDS, Job, usable_on
 from diffpolicy.control.compiled.chain import Bodies
+from diffpolicy.control.compiled.timing import median_ms
 from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import DiffPolicyError, PolicyError
 from diffpolicy.parts import SamplerConfig
 from diffpolicy.policy import Policy
 
 CHECKS = 4
-WARM_UP = 3
-SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -211,13 +208,3 @@ def share_of_range(policy: Policy, a: torch.Tensor, b: torch.Tensor) -> float:
     width = action.maximum - action.minimum
     share = ((a - b).abs() / torch.where(width > 0, width, 1.0)).max()
     return float(share) if bool(share.isfinite()) else float("inf")
-
-
-def median_ms(run: Callable[[], object]) -> float:
-    """Median milliseconds of `run`, after warming up."""
-    seconds = []
-    for _ in range(WARM_UP + SAMPLES):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return 1e3 * float(np.median(seconds[WARM_UP:]))

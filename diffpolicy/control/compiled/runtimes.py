@@ -1,7 +1,6 @@
 """ONNX models and what runs them on a CPU: ONNX Runtime and OpenVINO, as bodies of a chain."""
 
 import logging
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +8,13 @@ from copy import deepcopy
 from importlib import import_module
 from io import BytesIO
 from math import prod
-from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffpolicy.control.compiled.chain import Body
+from diffpolicy.control.compiled.timing import median_ms
 
 
 def to_onnx(module: nn.Module, arguments: tuple[Any, ...], inputs: list[str], outputs: list[str]) -> Any:
@@ -73,17 +72,7 @@ def eight_bits(model: Any, large: float) -> Any:
 def openvino_body(model: Any, precision: str) -> Body:
     """Return the faster of one thread and of PyTorch's many: threads that share a core cost small networks more."""
     bodies = [_openvino_threads(model, precision, threads) for threads in sorted({1, torch.get_num_threads()})]
-    return bodies[0][0] if len(bodies) == 1 else min(bodies, key=lambda each: _seconds(*each))[0]
-
-
-def _seconds(body: Body, arguments: tuple[torch.Tensor, ...]) -> float:
-    """Median of 15 calls, after 3."""
-    took = []
-    for _ in range(18):
-        begin = time.perf_counter()
-        body(*arguments)
-        took.append(time.perf_counter() - begin)
-    return median(took[3:])
+    return bodies[0][0] if len(bodies) == 1 else min(bodies, key=lambda each: median_ms(lambda: each[0](*each[1])))[0]
 
 
 def _openvino_threads(model: Any, precision: str, threads: int) -> tuple[Body, tuple[torch.Tensor, ...]]:
