@@ -13,7 +13,8 @@ import pytest
 import diffpolicy as dp
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.errors import DiffPolicyError
-from diffpolicy.tables import AGENTS, TASKS
+from diffpolicy.tables import AGENTS
+from diffpolicy.tasks import TASKS
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "reproduce" / "offline_rl"
 
@@ -70,6 +71,7 @@ def test_a_group_is_averaged_only_where_all_its_runs_are_there(results, table, t
         ("bc", "hopper-mixed", [40, 60]),
         ("bc", "walker2d-mixed", [10, 10]),
         ("idql", "hopper-mixed", [90, 90]),
+        ("idql", "cube-single-play", [0, 100]),
     ):
         made(results, agent, dataset, 0, score).save(tmp_path / "results")
     text = table.write(results.read(tmp_path / "results"), {"hopper-mixed": 56.0}, tmp_path)
@@ -81,7 +83,8 @@ def test_a_group_is_averaged_only_where_all_its_runs_are_there(results, table, t
     assert rows["hopper-mixed"] == ["56.0", "50.0", "90.0"]
     assert rows["walker2d-mixed"] == ["", "10.0", ""]
     assert rows["**mixed**, mean"] == ["", "30.0 [25.0, 35.0]", ""]
-    assert len(json.loads((tmp_path / "offline_rl.json").read_text())["runs"]) == 3
+    assert rows["cube-single-play"] == ["", "", "50.0 [0.0, 100.0]"]
+    assert len(json.loads((tmp_path / "offline_rl.json").read_text())["runs"]) == 4
     assert (tmp_path / "offline_rl.png").stat().st_size > 5000
 
 

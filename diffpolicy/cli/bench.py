@@ -23,7 +23,7 @@ from diffpolicy.evaluate import Estimate, Report
 from diffpolicy.evaluate import evaluate as play
 from diffpolicy.parts import SAMPLERS, SamplerConfig
 from diffpolicy.policy import Policy
-from diffpolicy.tables import Task
+from diffpolicy.tasks import Task
 
 
 @dataclass(frozen=True)

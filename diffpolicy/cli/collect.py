@@ -19,7 +19,7 @@ from diffpolicy.errors import DatasetError, SpecError
 from diffpolicy.evaluate import PARALLEL, bootstrap, outcomes, wilson
 from diffpolicy.policy import BOX_NAME
 from diffpolicy.rollout import make_env, rollout
-from diffpolicy.tables import TASKS, Task, demonstrator, get_task, noisy_envs
+from diffpolicy.tasks import TASKS, Task, demonstrator, get_task, noisy_envs
 from diffpolicy_envs import (
     ReplayEpisode,
     Sb3Agent,

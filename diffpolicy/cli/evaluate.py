@@ -24,7 +24,7 @@ from diffpolicy.evaluate import measure, play_unseen, summarise
 from diffpolicy.parts import SelectionConfig
 from diffpolicy.policy import Policy
 from diffpolicy.rollout import record
-from diffpolicy.tables import Task, get_task
+from diffpolicy.tasks import Task, get_task
 
 
 @dataclass(frozen=True)

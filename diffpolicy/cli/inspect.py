@@ -11,7 +11,7 @@ from diffpolicy.data.sources import load
 from diffpolicy.errors import DatasetError
 from diffpolicy.inspection import inspect as inspect_episodes
 from diffpolicy.inspection.page import page
-from diffpolicy.tables import Task, get_task, prepare
+from diffpolicy.tasks import Task, get_task, prepare
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.errors import PolicyError, SpecError
 from diffpolicy.evaluate import play_unseen
 from diffpolicy.policy import Policy
-from diffpolicy.tables import Preset, Task, get_algorithm, get_task, make_agent, prepare, settings_for, straightened
+from diffpolicy.tables import get_algorithm, make_agent, settings_for, straightened
+from diffpolicy.tasks import Preset, Task, get_task, prepare
 from diffpolicy.train import TrainConfig
 
 MEANWHILE = 50_000  # first seed of episodes played while training; reports begin at 100,000

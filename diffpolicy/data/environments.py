@@ -11,16 +11,15 @@ from typing import Any
 import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
-PLUGINS = ("gymnasium_robotics", "gym_pusht")
+PLUGINS = ("gymnasium_robotics", "gym_pusht", "ogbench")
 
 
 def register(env_id: str) -> None:
-    """Import the packages that register robotics and Push-T, where `env_id` is not known yet."""
-    if env_id not in gymnasium.registry and ":" not in env_id:
-        for plugin in PLUGINS:
-            if find_spec(plugin):
-                with redirect_stderr(StringIO()):  # they print notices about tasks nobody asked for
-                    import_module(plugin)
+    """Import the packages that register robotics, Push-T and OGBench, one by one until `env_id` is known."""
+    for plugin in PLUGINS:
+        if env_id not in gymnasium.registry and ":" not in env_id and find_spec(plugin):
+            with redirect_stderr(StringIO()):  # they print notices about tasks nobody asked for
+                import_module(plugin)
 
 
 def make(env: str | EnvSpec, **kwargs: Any) -> gymnasium.Env:

@@ -33,7 +33,7 @@ from diffpolicy.evaluate import Comparison, compare, evaluate
 from diffpolicy.parts import SamplerConfig, why_not
 from diffpolicy.pictures import estimates
 from diffpolicy.policy import Policy
-from diffpolicy.tables import TASKS
+from diffpolicy.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 100_000

@@ -13,7 +13,8 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import PolicyError, SpecError
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
-from diffpolicy.tables import TASKS, settings_for, straightened
+from diffpolicy.tables import settings_for, straightened
+from diffpolicy.tasks import TASKS
 from diffpolicy.train import TrainConfig, fit
 
 MLP = DenoiserConfig("mlp", hidden_dim=64, depth=2, step_embed_dim=16, schedule="flow", prediction="sample")

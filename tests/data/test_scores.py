@@ -7,7 +7,7 @@ from diffpolicy.data import scores
 from diffpolicy.data.scores import Reference, d4rl, of_dataset
 from diffpolicy.errors import DiffPolicyError, SpecError
 from diffpolicy.evaluate import evaluate, measure
-from diffpolicy.tables import TASKS
+from diffpolicy.tasks import TASKS
 
 DOOR = {
     "source": "minari",

@@ -1,9 +1,10 @@
-"""Offline RL on locomotion data in D4RL's layout: datasets x agents x training seeds, one run after the other.
+"""Offline RL: datasets x agents x training seeds, one run after the other.
 
     python scripts/reproduce/offline_rl DATA [--datasets hopper-mixed ...] [--agents bc idql ...] [--seeds 0 1 2]
 
-DATA holds `hopper-mixed.hdf5` and its kin. Settings are the presets of `diffpolicy/tables.py`, one for all datasets;
-the last checkpoint plays. A finished run leaves `OUT/results/AGENT-DATASET-SEED.json` at once and is not run again; one
+DATA holds `hopper-mixed.hdf5` and its kin, `cube-single-play-v0.npz` or `door-human.hdf5`. Settings are the presets of
+`diffpolicy/tasks.py`, one for all datasets of locomotion; the last checkpoint plays, and an episode's score is D4RL's,
+or 100 for a success. A finished run leaves `OUT/results/AGENT-DATASET-SEED.json` at once and is not run again; one
 that was stopped goes on from its checkpoint in `OUT/runs`. d3rlpy's agents join the table through `d3rlpy_peers.py`,
 with the same OUT. The table comes at the end; `python scripts/reproduce/offline_rl/table.py OUT/results` writes it too.
 """
@@ -17,21 +18,20 @@ from typing import Any
 
 import torch
 import tyro
+from datasets import LOCOMOTION, get_dataset
 from results import EVALUATION_SEED, SEEDS_APART, Run, read
 from table import write
 
 from diffpolicy import train as training
 from diffpolicy.data.episodes import Episodes
-from diffpolicy.data.sources import load
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import PolicyError
-from diffpolicy.evaluate import outcomes, play_unseen
+from diffpolicy.evaluate import play_unseen
 from diffpolicy.policy import Policy
-from diffpolicy.tables import Task, get_task, make_agent
+from diffpolicy.tables import make_agent
+from diffpolicy.tasks import Task
 from diffpolicy.train import TrainConfig
 
-ROBOTS = ("hopper", "walker2d", "halfcheetah")
-DATASETS = tuple(f"{robot}-{quality}" for quality in ("mixed", "expert", "medium") for robot in ROBOTS)
 AGENTS = ("bc", "idql", "dql", "edp", "qc", "fql", "cfgrl", "diffuser", "decision-diffuser")
 
 
@@ -40,13 +40,13 @@ class Args:
     """Train and evaluate agents on offline data, one run a dataset, agent and training seed."""
 
     data: tyro.conf.Positional[Path]
-    """Folder of the datasets, DATASET.hdf5."""
+    """Folder of the datasets' files."""
     out: Path = Path("runs/offline_rl")
     """Where runs, results and the table go."""
-    datasets: tuple[str, ...] = DATASETS
-    """Names, ROBOT-QUALITY; the first are run first."""
+    datasets: tuple[str, ...] = LOCOMOTION
+    """Names; the first are run first."""
     agents: tuple[str, ...] = AGENTS
-    """Agents that the locomotion preset has settings for."""
+    """Agents that the task's preset has settings for."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
     episodes: int = 20
@@ -81,7 +81,7 @@ class Job:
         if settings is None:
             raise PolicyError(
                 f"the preset of {self.task.env_id} has no settings for {self.agent!r}; wanted one of "
-                f"{', '.join(self.task.preset.agents)}, or an entry in diffpolicy/tables.py"
+                f"{', '.join(self.task.preset.agents)}, or an entry in diffpolicy/tasks.py"
             )
         return settings
 
@@ -90,8 +90,7 @@ def jobs(args: Args) -> Iterator[Job]:
     """Yield what is asked for: all agents on one dataset, then the next; all datasets with one seed, then the next."""
     for seed in args.seeds:
         for dataset in args.datasets:
-            task = get_task(dataset.rpartition("-")[0])
-            assert task is not None
+            task = get_dataset(dataset).task
             steps = task.preset.train.steps if args.steps is None else args.steps
             for agent in args.agents:
                 yield Job(agent, dataset, seed, task, replace(task.preset.train, seed=seed, steps=steps, device="cpu"))
@@ -119,7 +118,7 @@ def described(job: Job, episodes: Episodes) -> dict[str, Any]:
     """Return what made a run, as JSON values; `diffpolicy evaluate` finds its task there."""
     preset = job.task.preset
     arguments = {
-        "task": job.dataset.rpartition("-")[0],
+        "task": get_dataset(job.dataset).task_name,
         "agent": job.agent,
         "horizon": preset.horizon,
         "n_obs_steps": preset.n_obs_steps,
@@ -137,18 +136,17 @@ def described(job: Job, episodes: Episodes) -> dict[str, Any]:
 
 def run(job: Job, args: Args) -> Run:
     """Train and play; return what came of it."""
-    episodes = load(str(args.data / f"{job.dataset}.hdf5"))
+    dataset = get_dataset(job.dataset)
+    episodes = dataset.read(args.data)
     policy = trained(job, episodes, args.out / "runs" / job.name)
     first, task = EVALUATION_SEED + SEEDS_APART * job.seed, job.task
     played = play_unseen(policy, task.env_id, task.env_kwargs, args.episodes, first)
-    found = outcomes(played, task.success, task.score, task.reference)
-    assert found.score is not None
     return Run(
         agent=job.agent,
         dataset=job.dataset,
         seed=job.seed,
-        score=tuple(float(x) for x in found.score),
-        returns=tuple(float(x) for x in found.returns),
+        score=tuple(float(x) for x in dataset.score(played)),
+        returns=tuple(float(x) for x in played.returns),
         steps=job.train.steps,
         first_episode_seed=first,
         settings=described(job, episodes)["arguments"],
@@ -156,24 +154,15 @@ def run(job: Job, args: Args) -> Run:
     )
 
 
-def score_of_data(args: Args, dataset: str) -> float:
-    """Mean normalised return of the episodes of a dataset."""
-    task, episodes = get_task(dataset.rpartition("-")[0]), load(str(args.data / f"{dataset}.hdf5"))
-    assert task is not None
-    played = replace(episodes, meta={**episodes.meta, "env_id": task.env_id})
-    score = outcomes(played, None, task.score, task.reference).score
-    assert score is not None
-    return float(score.mean())
-
-
 def main() -> None:
     """Run whatever is not finished, then write the table."""
     args = tyro.cli(Args, prog="python scripts/reproduce/offline_rl")
     torch.set_num_threads(1)  # more do not help networks of this size; use several processes on other datasets
     args.out.mkdir(parents=True, exist_ok=True)
-    data = {dataset: score_of_data(args, dataset) for dataset in args.datasets}
+    data = {dataset: get_dataset(dataset).score_of_data(args.data) for dataset in args.datasets}
     known = args.out / "data.json"
-    known.write_text(json.dumps({**(json.loads(known.read_text()) if known.exists() else {}), **data}))
+    scored = {dataset: score for dataset, score in data.items() if score is not None}
+    known.write_text(json.dumps({**(json.loads(known.read_text()) if known.exists() else {}), **scored}))
     for job in jobs(args):
         if (args.out / "results" / f"{job.name}.json").exists():
             continue

@@ -2,7 +2,8 @@
 
     python scripts/reproduce/offline_rl/table.py OUT/results [--to FOLDER]      offline_rl.md, .json and .png
 
-Every dataset is a row and every agent a column; the rows of a quality (mixed, medium, expert) end with their averages.
+Every dataset is a row and every agent a column; the rows of a quality (mixed, medium, expert) end with their averages,
+and other datasets have an interval each.
 """
 
 import argparse
@@ -36,16 +37,20 @@ PEERS = ("d3rlpy-iql", "d3rlpy-td3+bc")
 
 
 def groups(table: Table) -> dict[str, list[str]]:
-    """Return the datasets of each quality that any agent has played, by the quality's name."""
+    """Return the datasets that any agent has played: by quality, the others each on its own, by name."""
     datasets = sorted({dataset for own in table.values() for dataset in own})
     found = {q: [d for d in datasets if d.endswith(f"-{q}")] for q in QUALITIES}
-    return {quality: members for quality, members in found.items() if members}
+    others = {d: [d] for d in datasets if not d.endswith(QUALITIES)}
+    return {quality: members for quality, members in found.items() if members} | others
 
 
 def scores(table: Table, data: Mapping[str, float]) -> str:
     """Write the scores: means by dataset, averages with intervals by quality; empty where a run is missing."""
     rows = [["dataset", "data", *table]]
     for quality, members in groups(table).items():
+        if members == [quality]:
+            rows.append([quality, _number(data.get(quality)), *(_average(own, members) for own in table.values())])
+            continue
         rows += [[d, _number(data.get(d)), *(_mean(own, d) for own in table.values())] for d in members]
         known = [data[d] for d in members if d in data]
         of_data = _number(sum(known) / len(known)) if len(known) == len(members) else ""
@@ -72,8 +77,10 @@ def differences(table: Table) -> str:
 
 
 def picture(table: Table, data: Mapping[str, float], path: Path) -> None:
-    """Draw scores with intervals, one panel a dataset, the mean of the data as a line."""
-    rows = list(groups(table).values())
+    """Draw scores with intervals, one panel a dataset, the mean of the data as a line; a quality has a row."""
+    found = groups(table)
+    rows = [found[quality] for quality in QUALITIES if quality in found]
+    rows += [others] if (others := [name for name in found if name not in QUALITIES]) else []
     columns = max(len(members) for members in rows)
     size = (3.6 * columns, (0.26 * len(table) + 0.7) * len(rows) + 0.3)
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
