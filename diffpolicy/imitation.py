@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffpolicy.compiler import no_compiler
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
@@ -23,6 +24,7 @@ from diffpolicy.diffusion.denoiser import NetworkDenoiser
 from diffpolicy.diffusion.sampler import Sample
 from diffpolicy.errors import SpecError
 from diffpolicy.nets.ema import Ema
+from diffpolicy.nets.norm import fuse_norms
 from diffpolicy.nets.prefixed import Prefixed
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, make_planner, why_not
 from diffpolicy.policy import Policy
@@ -73,6 +75,18 @@ def stratified_times(n: int, generator: torch.Generator, device: torch.device) -
     order = torch.randperm(n, generator=generator, device=device)
     u = (order + torch.rand(n, generator=generator, device=device)) / n
     return 1 - (1 - T_MIN) * u
+
+
+def compile_training(network: nn.Module, device: torch.device) -> None:
+    """Have a network compiled at its first training step: the U-Net's norms on a CPU, else all of it.
+
+    Raises:
+        SpecError: if there is no C++ compiler.
+    """
+    if reason := no_compiler():
+        raise SpecError(f"--compile {reason}, or leave it out")
+    if device.type != "cpu" or not fuse_norms(network):
+        network.compile()
 
 
 def warmup_cosine(step: int, steps: int, peak: float, warmup_steps: int) -> float:
@@ -210,7 +224,7 @@ class ImitationConfig:
     bf16: bool = True
     """Autocast to bfloat16 on CUDA; float32 elsewhere."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile with torch.compile: the network, or on a CPU what is faster than our own there. Needs a C++ compiler."""
 
 
 C = TypeVar("C", bound=ImitationConfig)
@@ -262,7 +276,7 @@ class Imitation(ABC, Generic[C]):
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.step = 0
         if config.compile:
-            self.model.denoiser.network.compile()
+            compile_training(self.model.denoiser.network, self.device)
         self.policy()  # an impossible sampler or guidance is refused now, not after the first thousand steps
 
     def make_model(self) -> Imitator:

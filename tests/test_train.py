@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from diffpolicy.agents.bc import Bc, BcConfig
+from diffpolicy.compiler import no_compiler
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
-from diffpolicy.errors import PolicyError, TrainingError
+from diffpolicy.errors import PolicyError, SpecError, TrainingError
 from diffpolicy.imitation import clip_gradient
+from diffpolicy.nets.norm import GroupNormMish
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy
 from diffpolicy.train import Order, TrainConfig, fit, train
@@ -139,6 +141,27 @@ def test_a_gradient_longer_than_the_limit_is_shortened_to_it_and_another_is_left
     assert norm == pytest.approx(55**0.5) and ours.bias.grad is None
     assert ours.weight.grad.norm() == pytest.approx(min(limit, 55**0.5), rel=1e-4)
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+@pytest.mark.skipif(no_compiler() != "", reason=no_compiler())
+def test_a_compiled_training_ends_where_the_other_does(tmp_path):
+    episodes, config = make_episodes(), TrainConfig(steps=5, batch_size=16)
+    agents = [make_agent(episodes, 5, config=BcConfig(TINY, warmup_steps=0, compile=c)) for c in (False, True)]
+    for agent, name in zip(agents, ("plain", "compiled"), strict=True):
+        run(agent, episodes, config, tmp_path / name)
+        assert all(norm.fused == (name == "compiled") for norm in norms_of(agent))
+    for plain, compiled in zip(*(agent.model.parameters() for agent in agents), strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=2e-5)
+
+
+def norms_of(agent: Bc) -> list[GroupNormMish]:
+    return [module for module in agent.model.modules() if isinstance(module, GroupNormMish)]
+
+
+def test_compiling_without_a_compiler_is_refused_before_the_first_step(monkeypatch):
+    monkeypatch.setattr("diffpolicy.compiler.shutil.which", lambda name: None)
+    with pytest.raises(SpecError, match="needs a C\\+\\+ compiler and finds none"):
+        make_agent(make_episodes(), 5, config=BcConfig(TINY, compile=True))
 
 
 def test_a_checkpoint_of_another_network_is_refused_in_one_sentence(tmp_path):

@@ -1,12 +1,15 @@
-r"""GroupNorm followed by Mish, as one step of a training on a CPU.
+r"""GroupNorm, Mish and FiLM, as one step of a training on a CPU.
 
     mish(y) = y h,   h = tanh(softplus(y)) = s (2 - s) / (2 - s (2 - s)),   s = sigmoid(y)
     mish'(y) = h + y s (1 - h^2)
 
 so one sigmoid serves both directions, where PyTorch evaluates an exponential, a logarithm and a hyperbolic tangent in
-each. Activations lie length first in memory (`conv.py`), so that sums over a chunk are sums of rows.
+each. Activations lie length first in memory (`conv.py`), so that sums over a chunk are sums of rows. Where a C++
+compiler is at hand (`fuse_norms`), all of it is one pass over memory each way.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,14 +21,60 @@ from diffpolicy.nets.conv import trains_on_cpu
 
 
 class GroupNormMish(nn.GroupNorm):
-    """`nn.GroupNorm`, then Mish: `(B, C, L) -> (B, C, L)`; its parameters are GroupNorm's."""
+    """`nn.GroupNorm`, then Mish, then FiLM if there is one: `(B, C, L), (B, 2 C) -> (B, C, L)`.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise each group of channels, scale, shift, activate."""
-        if trains_on_cpu(x, self.weight):
-            out = _NormMish.apply(x.permute(2, 0, 1), self.weight, self.bias, self.num_groups, self.eps)
-            return out.permute(1, 2, 0)
-        return functional.mish(super().forward(x))
+    Its parameters are GroupNorm's.
+    """
+
+    fused = False
+
+    def forward(self, x: torch.Tensor, film: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise each group of channels, scale, shift, activate; `film` is a factor and a shift of each channel."""
+        if not trains_on_cpu(x, self.weight):
+            return modulated(functional.mish(super().forward(x)), film, -1)
+        rows, own = x.permute(2, 0, 1), (self.weight, self.bias, self.num_groups, self.eps)
+        if not self.fused:
+            return modulated(_NormMish.apply(rows, *own), film, 0).permute(1, 2, 0)
+        fused = _compiled(_norm_mish)(rows, *own) if film is None else _compiled(_norm_mish_film)(rows, film, *own)
+        return fused.permute(1, 2, 0)
+
+
+def fuse_norms(network: nn.Module) -> bool:
+    """Have every `GroupNormMish` of a network train as one compiled pass on a CPU; return whether there is any."""
+    norms = [module for module in network.modules() if isinstance(module, GroupNormMish)]
+    for norm in norms:
+        norm.fused = True
+    return bool(norms)
+
+
+def modulated(x: torch.Tensor, film: torch.Tensor | None, along: int) -> torch.Tensor:
+    """`x` times the first half of `film (B, 2 C)` plus the second, the same at all places of the axis `along`."""
+    if film is None:
+        return x
+    scale, shift = film.chunk(2, dim=1)
+    return torch.addcmul(shift.unsqueeze(along), scale.unsqueeze(along), x)
+
+
+def _norm_mish(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """`(L, B, C) -> (L, B, C)` for a compiler, which finds the way back and fuses both."""
+    length, batch, channels = x.shape
+    of_groups = x.view(length, batch, groups, channels // groups)
+    centred = of_groups - of_groups.mean((0, 3), keepdim=True)
+    unit = centred * (centred.square().mean((0, 3), keepdim=True) + eps).rsqrt()
+    y = unit.view(x.shape) * weight + bias
+    s = y.sigmoid()
+    p = s * (2 - s)
+    return y * (p / (2 - p))
+
+
+def _norm_mish_film(x: torch.Tensor, film: torch.Tensor, *own: Any) -> torch.Tensor:
+    return modulated(_norm_mish(x, *own), film, 0)
+
+
+@cache
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Compile for each of the few sizes that a network has; what takes any size is slower than not compiled."""
+    return torch.compile(function, dynamic=False)
 
 
 class _NormMish(torch.autograd.Function):

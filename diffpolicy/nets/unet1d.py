@@ -48,8 +48,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
         """Two convolutions with FiLM between them, around a skip."""
-        scale, shift = film.unsqueeze(-1).chunk(2, dim=1)
-        return self.second(torch.addcmul(shift, scale, self.first(x))) + self.skip(x)
+        convolve, norm = self.first
+        return self.second(norm(convolve(x), film)) + self.skip(x)
 
 
 class Level(nn.Module):

@@ -99,11 +99,14 @@ def bench_forward(batch: int, samples: int, device: torch.device) -> dict:
     )
 
 
-def bench_train(name: str, dims: tuple[int, int, int], batch: int, samples: int, device: torch.device) -> dict:
-    """Whole training steps: batch, loss, gradient, optimizer, average of the weights."""
+def bench_train(
+    name: str, dims: tuple[int, int, int], batch: int, samples: int, device: torch.device, compiled: bool = True
+) -> dict:
+    """Whole training steps: batch, loss, gradient, optimizer, average of the weights; ours with `--compile` or not."""
     episodes = random_episodes(20_000, 200, 20)
     spec = Spec.from_episodes(episodes, 16, 2, 8)
-    agent = Bc(spec, Normalizer.fit(episodes), BcConfig(DenoiserConfig(down_dims=dims)), 10_000, device)
+    config = BcConfig(DenoiserConfig(down_dims=dims), compile=compiled)
+    agent = Bc(spec, Normalizer.fit(episodes), config, 10_000, device)
     windows = Windows(episodes, spec, device=device)
     generator = torch.Generator().manual_seed(0)
     items = ItemDataset(
@@ -147,6 +150,7 @@ def main() -> None:
         bench_forward(64, 1 if few else 10, device),
         bench_train("train-b256-canonical", CANONICAL, 16 if few else 256, 1 if few else 5, device),
         bench_train("train-5m", FIVE_MILLION, 128, 1 if few else 40, device),
+        bench_train("train-5m-not-compiled", FIVE_MILLION, 128, 1 if few else 40, device, compiled=False),
     ]
     if not few:
         RESULTS.mkdir(exist_ok=True)

@@ -226,7 +226,7 @@ def test_a_backend_that_fails_is_left_out_with_its_reason():
 def test_what_cannot_be_compiled_is_refused_in_one_sentence(monkeypatch):
     policy = make_policy()
     monkeypatch.setattr("diffpolicy.control.compiled.backends.find_spec", lambda name: None)
-    monkeypatch.setattr("diffpolicy.control.compiled.backends.shutil.which", lambda name: None)
+    monkeypatch.setattr("diffpolicy.compiler.shutil.which", lambda name: None)
     for arguments, error, words in (
         ({"backend": "openvino"}, MissingExtraError, "pip install 'diffpolicy\\[export\\]'"),
         ({"backend": "cudagraph"}, PolicyError, "the policy is on cpu .* load the policy with device='cuda'"),

@@ -1,10 +1,11 @@
-"""GroupNorm and Mish in one step against PyTorch's two."""
+"""GroupNorm, Mish and FiLM in one step against PyTorch's own."""
 
 import pytest
 import torch
 from torch import nn
 
-from diffpolicy.nets.norm import GroupNormMish
+from diffpolicy.compiler import no_compiler
+from diffpolicy.nets.norm import GroupNormMish, fuse_norms
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
@@ -23,6 +24,31 @@ def test_function_and_gradients_equal_groupnorm_then_mish(shape, scale):
         out = module(x)
         found.append((out, *torch.autograd.grad((out * weights).sum(), [x, *module.parameters()])))
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=pytest.mark.skipif(no_compiler() != "", reason=no_compiler()))]
+)
+@pytest.mark.parametrize("with_film", [False, True])
+def test_with_film_and_fused_too_function_and_gradients_are_pytorchs(fused, with_film):
+    torch.manual_seed(0)
+    norm = GroupNormMish(4, 16)
+    nn.init.normal_(norm.weight)
+    assert fuse_norms(nn.Sequential(norm) if fused else nn.ReLU()) == fused
+    # as a convolution leaves it in training: length first in memory
+    x = torch.randn(6, 5, 16, requires_grad=True)
+    film, weights = torch.randn(5, 32, requires_grad=True), torch.randn(5, 16, 6)
+    given = [x, *norm.parameters(), *([film] if with_film else [])]
+
+    def plain(x: torch.Tensor, film: torch.Tensor | None) -> torch.Tensor:
+        y = nn.functional.mish(nn.functional.group_norm(x, 4, norm.weight, norm.bias, norm.eps))
+        return y if film is None else y * film[:, :16, None] + film[:, 16:, None]
+
+    found = []
+    for function in (norm, plain):
+        out = function(x.permute(1, 2, 0), film if with_film else None)
+        found.append((out, *torch.autograd.grad((out * weights).sum(), given)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_acting_takes_pytorchs_own_to_the_bit():

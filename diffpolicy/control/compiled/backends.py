@@ -11,7 +11,6 @@ Each makes bodies for one batch size and may wrap the chain around them. Threads
 `get_num_threads()`; OpenVINO takes one where that is faster.
 """
 
-import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpolicy.compiler import no_compiler
 from diffpolicy.control.compiled.chain import Bodies, Chain, samples_of
 from diffpolicy.control.compiled.runtimes import eight_bits, lacks_bfloat16, onnxruntime_body, openvino_body, to_onnx
 from diffpolicy.diffusion.prefix import Prefix
@@ -183,9 +183,8 @@ def _inductor(job: Job) -> Bodies:
 
 def cpp_compiler() -> str:
     """Say why nothing can be compiled here, or nothing."""
-    if any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        return ""
-    return "needs a C++ compiler and finds none; install g++ or clang++, or choose another backend"
+    reason = no_compiler()
+    return reason and f"{reason}, or choose another backend"
 
 
 class CapturedChain:
