@@ -10,6 +10,7 @@ compiler is at hand (`fuse_norms`), all of it is one pass over memory each way.
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ class GroupNormMish(nn.GroupNorm):
         rows, own = x.permute(2, 0, 1), (self.weight, self.bias, self.num_groups, self.eps)
         if not self.fused:
             return modulated(_NormMish.apply(rows, *own), film, 0).permute(1, 2, 0)
-        fused = _compiled(_norm_mish)(rows, *own) if film is None else _compiled(_norm_mish_film)(rows, film, *own)
-        return fused.permute(1, 2, 0)
+        compiled = _compiled(rows.shape, film is not None)
+        return (compiled(rows, *own) if film is None else compiled(rows, film, *own)).permute(1, 2, 0)
 
 
 def fuse_norms(network: nn.Module) -> bool:
@@ -72,9 +73,11 @@ def _norm_mish_film(x: torch.Tensor, film: torch.Tensor, *own: Any) -> torch.Ten
 
 
 @cache
-def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Compile for each of the few sizes that a network has; what takes any size is slower than not compiled."""
-    return torch.compile(function, dynamic=False)
+def _compiled(size: torch.Size, with_film: bool) -> Callable[..., torch.Tensor]:
+    """Compile for one size: what takes any is slower than not compiled, and one function may have few."""
+    function = _norm_mish_film if with_film else _norm_mish
+    own = FunctionType(function.__code__.replace(), function.__globals__)
+    return torch.compile(own, dynamic=False)
 
 
 class _NormMish(torch.autograd.Function):
