@@ -57,7 +57,7 @@ LOCOMOTION: dict[str, Any] = {
     "fql": FqlConfig(**{**CRITICS, "sampler": SamplerConfig("ddim", 5), "selection": ONE}),
     "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "selection": ONE}),
     "diffuser": DiffuserConfig(MLP, FIVE, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32)),
-    "decision-diffuser": DecisionDiffuserConfig(TOLD, replace(FIVE, temperature=0.5), **TRAINING),
+    "decision-diffuser": DecisionDiffuserConfig(TOLD, replace(FIVE, temperature=0.5), **TRAINING, whole_episode=True),
 }
 
 # Manipulation with few successes in the data: chunks of 5 are valued as a whole (Li et al. 2025), rewards -1 or 0.

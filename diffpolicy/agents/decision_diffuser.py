@@ -1,6 +1,6 @@
 """Decision Diffuser (Ajay et al. 2023): imitate, told which return followed; then ask for a high one.
 
-    R    = (G - G_min) / (G_max - G_min),   G = sum_k gamma^k r_k to the end of the episode
+    R    = (G - G_min) / (G_max - G_min),   G = sum_k gamma^k r_k to the end of the episode, or G = its whole return
     L    = E | F(x_t, t, s, R) - target |^2,   R left out with probability p
     act:  D(x_t, s) + w (D(x_t, s, R*) - D(x_t, s)),   every draw of noise multiplied by the temperature
 
@@ -39,6 +39,9 @@ class DecisionDiffuserConfig(ImitationConfig):
     """p: how often the return is left out."""
     gamma: float = 0.99
     """Discount a step of the return."""
+    whole_episode: bool = False
+    """Tell the return of the whole episode at each of its steps, not what follows the step: where several agents made
+    the data, it says which of them acted. It needs no discount, and one goal is right in every state."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.dropout < 1 and 0 <= self.gamma <= 1):
@@ -52,7 +55,10 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
         self, episodes: Episodes, device: str | torch.device = "cpu", only: np.ndarray | None = None
     ) -> Windows:
         """Return windows whose reward is R, normalised over all episodes, those not chosen included."""
-        returns = rewards.returns_to_go(episodes, self.config.gamma)
+        if self.config.whole_episode:
+            returns = np.repeat(episodes.returns, episodes.length)
+        else:
+            returns = rewards.returns_to_go(episodes, self.config.gamma)
         low, width = returns.min(), max(float(np.ptp(returns)), 1e-8)
         told = replace(episodes, reward=((returns - low) / width).astype(np.float32))
         return Windows(told, self.spec, device=device, require_next=True, only=only, n_step=1)
@@ -70,7 +76,7 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
         return Policy(*parts, self.seed, guidance=config.guidance)
 
 
-# Differences from the original (anuragajay/decision-diffuser):
+# Differences from the original (anuragajay/decision-diffuser), all but `whole_episode`, which is not in it:
 #   1. chunks of actions are diffused, conditioned on recent observations; the original diffuses states alone, puts the
 #      current one in, and finds actions between two of them with an inverse model;
 #   2. the return is normalised by the smallest and largest of the data, not divided by a number chosen for each set,

@@ -12,7 +12,7 @@ from worlds import bandit, chain
 from diffpolicy.agents.cfgrl import Cfgrl
 from diffpolicy.agents.diffuser import ValuedImitator
 from diffpolicy.critics import TdConfig
-from diffpolicy.data.episodes import Episodes
+from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.windows import Batch
 from diffpolicy.diffusion.exact import Mixture
 from diffpolicy.errors import PolicyError, SpecError
@@ -92,6 +92,16 @@ def test_asked_for_the_lowest_return_decision_diffuser_takes_the_worse_mode():
     assert good_share(agent.policy().with_guidance(goal=0.0)) < 0.02
     returns = agent.windows(episodes).gather(torch.arange(600)).reward
     assert returns.unique().tolist() == [0.0, 1.0]
+
+
+def test_told_of_whole_episodes_each_step_of_decision_diffuser_has_the_return_of_its_episode():
+    rewards = [[1.0, 0, 0], [0.0, 5], [2.0, 2, 1, 6]]
+    episodes = from_list(
+        [Episode({"obs": np.zeros((len(r) + 1, 1))}, np.ones((len(r), 1)), np.array(r), True, False) for r in rewards]
+    )
+    agent = make("decision-diffuser", episodes, 1, whole_episode=True)
+    told = agent.windows(episodes).gather(torch.arange(9)).reward
+    assert told.tolist() == pytest.approx([0.0] * 3 + [0.4] * 2 + [1.0] * 4)
 
 
 def test_the_value_of_noised_chunks_is_the_expected_return_of_the_bandit_given_the_noised_action():
