@@ -24,6 +24,7 @@ from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Kinds
 from diffpolicy.data.scores import Reference
 from diffpolicy.errors import SpecError
+from diffpolicy.guides import ClassifierFreeGuidance
 from diffpolicy.imitation import ActorConfig
 from diffpolicy.parts import CriticConfig, DenoiserConfig, RewardConfig, SamplerConfig, SelectionConfig
 from diffpolicy.rollout import Actor, make_env, make_envs
@@ -57,7 +58,13 @@ LOCOMOTION: dict[str, Any] = {
     "fql": FqlConfig(**{**CRITICS, "sampler": SamplerConfig("ddim", 5), "selection": ONE}),
     "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "selection": ONE}),
     "diffuser": DiffuserConfig(MLP, FIVE, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32)),
-    "decision-diffuser": DecisionDiffuserConfig(TOLD, replace(FIVE, temperature=0.5), **TRAINING, whole_episode=True),
+    "decision-diffuser": DecisionDiffuserConfig(
+        TOLD,
+        replace(FIVE, temperature=0.5),
+        **TRAINING,
+        guidance=ClassifierFreeGuidance(weight=2.0, goal=0.9),
+        whole_episode=True,
+    ),
 }
 
 # Manipulation with few successes in the data: chunks of 5 are valued as a whole (Li et al. 2025), rewards -1 or 0.
