@@ -60,9 +60,9 @@ LOCOMOTION: dict[str, Any] = {
     "diffuser": DiffuserConfig(MLP, FIVE, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32)),
     "decision-diffuser": DecisionDiffuserConfig(
         TOLD,
-        replace(FIVE, temperature=0.5),
+        SamplerConfig("ddim", 10, temperature=0.0),
         **TRAINING,
-        guidance=ClassifierFreeGuidance(weight=2.0, goal=0.9),
+        guidance=ClassifierFreeGuidance(weight=2.0, goal=0.8),
         whole_episode=True,
     ),
 }
