@@ -39,10 +39,11 @@ REACH = BcConfig(replace(TINY, obs_embed_dim=64), learning_rate=1e-3, warmup_ste
 MLP = DenoiserConfig("mlp", hidden_dim=128, depth=3, step_embed_dim=32, prediction="v_prediction")
 TOLD = replace(MLP, told_embed_dim=32)
 FIVE = SamplerConfig("ddpm", 5)
+NARROW = replace(FIVE, temperature=0.25)  # after 20,000 steps samples spread more than the data: the best are outliers
 TRAINING: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "warmup_steps": 0}
 CRITICS: dict[str, Any] = {
     "denoiser": MLP,
-    "sampler": FIVE,
+    "sampler": NARROW,
     "actor": ActorConfig(learning_rate=1e-3),
     "critic": CriticConfig((256, 256)),
     "td": TdConfig(polyak=0.01, learning_rate=1e-3, rewards=RewardConfig("return_range", scale=0.1)),
