@@ -63,16 +63,16 @@ def scores(table: Table, data: Mapping[str, float]) -> str:
 
 def differences(table: Table) -> str:
     """Write how far every agent is ahead of imitation and of the peers, quality by quality, paired by seeds."""
-    columns = [(quality, other) for quality in groups(table) for other in (IMITATION, *PEERS) if other in table]
+    columns = {
+        f"{other}, {quality}": {agent: difference(table, agent, other, members) for agent in table if agent != other}
+        for quality, members in groups(table).items()
+        for other in (IMITATION, *PEERS)
+    }
+    columns = {name: gaps for name, gaps in columns.items() if any(gaps.values())}
     if not columns:
         return ""
-    rows = [["ahead of", *(f"{other}, {quality}" for quality, other in columns)]]
-    for agent in table:
-        gaps = [difference(table, agent, other, groups(table)[quality]) for quality, other in columns]
-        cells = (
-            "" if gap is None or agent == other else str(gap) for gap, (_, other) in zip(gaps, columns, strict=True)
-        )
-        rows.append([agent, *cells])
+    rows = [["ahead of", *columns]]
+    rows += [[agent, *(str(gaps.get(agent) or "") for gaps in columns.values())] for agent in table]
     return _lines(rows)
 
 
@@ -89,22 +89,22 @@ def picture(table: Table, data: Mapping[str, float], path: Path) -> None:
     for row, members in zip(axes, rows, strict=True):
         for axis, dataset in zip(row, members, strict=False):
             _panel(axis, table, dataset, data.get(dataset))
-    figure.supxlabel("normalised score of the last checkpoint, 95 % interval; dashed: mean of the data", fontsize=9)
+    figure.supxlabel("score of the last checkpoint, 95 % interval; dashed: mean of the data", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def _panel(axis: Axes, table: Table, dataset: str, of_data: float | None) -> None:
     axis.set_axis_on()
-    for i, (agent, own) in enumerate(table.items()):
-        if dataset in own:
-            e = estimate([own[dataset]])
-            colour = "C7" if agent in PEERS else "C1" if agent == IMITATION else "C0"
-            axis.errorbar(e.value, i, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=colour, capsize=2)
+    played = {agent: own[dataset] for agent, own in table.items() if dataset in own}
+    for i, (agent, scores) in enumerate(played.items()):
+        e = estimate([scores])
+        colour = "C7" if agent in PEERS else "C1" if agent == IMITATION else "C0"
+        axis.errorbar(e.value, i, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=colour, capsize=2)
     if of_data is not None:
         axis.axvline(of_data, color="0.5", linestyle="--", linewidth=1)
-    axis.set_yticks(range(len(table)), list(table), fontsize=8)
-    axis.set(xlim=(-5, 125), ylim=(len(table) - 0.5, -0.5))
+    axis.set_yticks(range(len(played)), list(played), fontsize=8)
+    axis.set(xlim=(-5, 125), ylim=(len(played) - 0.5, -0.5))
     axis.set_title(dataset, fontsize=9)
 
 
