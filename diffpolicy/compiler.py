@@ -1,10 +1,11 @@
-"""The C++ compiler that `torch.compile` and AOTInductor need."""
+"""The C++ compiler that `torch.compile` and AOTInductor need on a CPU."""
 
+import os
 import shutil
+import sys
 
 
-def no_compiler() -> str:
-    """Say what compiling lacks on this machine, or nothing."""
-    if any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        return ""
-    return "needs a C++ compiler and finds none; install g++ or clang++"
+def why_no_compiler() -> str:
+    """Say what compiling lacks on this machine, or nothing; looks for what PyTorch would call."""
+    name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return "" if shutil.which(name) else f"needs a C++ compiler and finds no {name}; install it, or name yours in CXX"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffpolicy.compiler import no_compiler
+from diffpolicy.compiler import why_no_compiler
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
@@ -81,9 +81,10 @@ def compile_training(network: nn.Module, device: torch.device) -> None:
     """Have a network compiled at its first training step: the U-Net's norms on a CPU, else all of it.
 
     Raises:
-        SpecError: if there is no C++ compiler.
+        SpecError: if there is no C++ compiler for a CPU.
     """
-    if reason := no_compiler():
+    reason = why_no_compiler() if device.type == "cpu" else ""
+    if reason:
         raise SpecError(f"--compile {reason}, or leave it out")
     if device.type != "cpu" or not fuse_norms(network):
         network.compile()
@@ -242,7 +243,7 @@ class Imitation(ABC, Generic[C]):
         seed: of weights, times and noise.
 
     Raises:
-        SpecError: if the sampler is none that this agent trains for.
+        SpecError: if the sampler is none that this agent trains for, or compiling is asked for and impossible.
     """
 
     trained: ClassVar[SamplerConfig] = SamplerConfig()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 from torch import nn
 
 from diffpolicy.data import rewards
@@ -19,7 +20,7 @@ from diffpolicy.diffusion.guidance import Clipped
 from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, Mip, Sample, Sampler
 from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
 from diffpolicy.diffusion.selection import BestOf
-from diffpolicy.errors import SpecError
+from diffpolicy.errors import DatasetError, SpecError
 from diffpolicy.nets import critic as critics
 from diffpolicy.nets.critic import Aggregate, Critic, Ensemble, NoisedValue, Value
 from diffpolicy.nets.encoder import EmbeddingEncoder, FlattenEncoder, ToldEncoder
@@ -338,8 +339,13 @@ def make_rewards(config: RewardConfig, episodes: Episodes) -> Episodes:
     """Return the episodes with their rewards as critics see them.
 
     Raises:
-        DatasetError: if the kind needs rewards that differ and they do not.
+        DatasetError: if every reward is 0, or the kind needs rewards that differ and they do not.
     """
+    if not np.any(episodes.reward):
+        raise DatasetError(
+            "every reward is 0, so there is nothing to value; name the task whose rewards are wanted (--relabel, of "
+            "OGBench's datasets), or imitate"
+        )
     return rewards.transformed(episodes, *reward_transform(config, episodes))
 
 

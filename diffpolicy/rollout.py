@@ -33,7 +33,7 @@ class Actor(Protocol):
 
 
 def make_env(env_id: str, **kwargs: Any) -> gymnasium.Env:
-    """Return one environment; the packages that register robotics and Push-T are imported when they are needed.
+    """Return one environment; the packages that register robotics, Push-T and OGBench are imported when needed.
 
     Raises:
         MissingExtraError: if no installed package registers `env_id`.
@@ -45,7 +45,7 @@ def make_env(env_id: str, **kwargs: Any) -> gymnasium.Env:
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         raise MissingExtraError(
             f"no installed package makes the environment {env_id!r} ({error}); check its name, "
-            "or pip install 'diffpolicy[envs]'"
+            "or pip install 'diffpolicy[envs]' (OGBench's: 'diffpolicy[ogbench]')"
         ) from error
     if not isinstance(env.action_space, gymnasium.spaces.Box):
         raise SpecError(f"{env_id} has the action space {env.action_space}; a diffusion policy needs a continuous Box")

@@ -35,11 +35,12 @@ TINY = DenoiserConfig(down_dims=(32, 64, 128), kernel_size=3, step_embed_dim=64)
 SMALL = DenoiserConfig(down_dims=(64, 128, 256), kernel_size=3, step_embed_dim=128)
 REACH = BcConfig(replace(TINY, obs_embed_dim=64), learning_rate=1e-3, warmup_steps=200)
 
-# Locomotion, sized for one CPU core: the same small actor, sampled in 5 steps, and the same critics for all agents.
+# Locomotion, sized for one CPU core: the same small actor and the same critics for all agents.
 MLP = DenoiserConfig("mlp", hidden_dim=128, depth=3, step_embed_dim=32, prediction="v_prediction")
 TOLD = replace(MLP, told_embed_dim=32)
 FIVE = SamplerConfig("ddpm", 5)
-NARROW = replace(FIVE, temperature=0.25)  # after 20,000 steps samples spread more than the data: the best are outliers
+# After 20,000 steps samples spread more than the data and the best of many is an outlier: who chooses samples narrowly.
+NARROW = replace(FIVE, temperature=0.25)
 TRAINING: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "warmup_steps": 0}
 CRITICS: dict[str, Any] = {
     "denoiser": MLP,
@@ -57,8 +58,8 @@ LOCOMOTION: dict[str, Any] = {
     "edp": EdpConfig(**CRITICS),
     "qc": QcConfig(**CRITICS, backup_samples=4),
     "fql": FqlConfig(**{**CRITICS, "sampler": SamplerConfig("ddim", 5), "selection": ONE}),
-    "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "selection": ONE}),
-    "diffuser": DiffuserConfig(MLP, FIVE, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32)),
+    "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "sampler": FIVE, "selection": ONE}),
+    "diffuser": DiffuserConfig(MLP, NARROW, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32)),
     "decision-diffuser": DecisionDiffuserConfig(
         TOLD,
         SamplerConfig("ddim", 10, temperature=0.0),
@@ -68,7 +69,7 @@ LOCOMOTION: dict[str, Any] = {
     ),
 }
 
-# Manipulation with few successes in the data: chunks of 5 are valued as a whole (Li et al. 2025), rewards -1 or 0.
+# Manipulation: chunks of 5 are valued as a whole (Li et al. 2025).
 FLOW = DenoiserConfig("mlp", hidden_dim=256, depth=3, step_embed_dim=32, schedule="flow", prediction="flow")
 EULER = SamplerConfig("euler", 5)
 CHUNKED: dict[str, Any] = {
@@ -79,11 +80,22 @@ CHUNKED: dict[str, Any] = {
     "td": TdConfig(polyak=0.01, learning_rate=1e-3),
     "selection": SelectionConfig(samples=32),
 }
-MANIPULATION: dict[str, Any] = {
+CUBE: dict[str, Any] = {  # rewards -1, and 0 once it is done
     "bc": BcConfig(FLOW, EULER, **TRAINING),
     "idql": IdqlConfig(**CHUNKED, tau=0.9),
     "qc": QcConfig(**CHUNKED, backup_samples=4),
     "fql": FqlConfig(**{**CHUNKED, "selection": ONE}, alpha=300.0, normalize_q=False),
+}
+CAREFUL = {  # 25 demonstrations: the data are nearly all that is good
+    **CHUNKED,
+    "critic": replace(CHUNKED["critic"], aggregate="min"),
+    "td": replace(CHUNKED["td"], rewards=RewardConfig("standard")),
+}
+DOOR: dict[str, Any] = {
+    "bc": CUBE["bc"],
+    "idql": IdqlConfig(**CAREFUL, tau=0.7),
+    "qc": QcConfig(**CAREFUL, backup_samples=4),
+    "fql": FqlConfig(**{**CAREFUL, "selection": ONE}, alpha=10.0),
 }
 
 
@@ -157,13 +169,11 @@ def _locomotion(name: str) -> Task:
     return Task(env_id=f"{name}-v4", kinds={"obs": "standard"}, score="d4rl", reference=reference, preset=preset)
 
 
-def _manipulation(
-    env_id: str, success: str | None = None, score: str | None = None, reference: str | None = None
-) -> Task:
+def _manipulation(env_id: str, agents: Mapping[str, Any], reference: str | None = None) -> Task:
     train = TrainConfig(steps=20_000, batch_size=256, validate_every=5000)
-    preset = Preset(horizon=5, n_obs_steps=1, n_action_steps=5, agents=MANIPULATION, train=train)
-    kinds: dict[str, Kinds] = {"obs": "standard"}
-    return Task(env_id, kinds=kinds, success=success, score=score, reference=reference, preset=preset)
+    preset = Preset(horizon=5, n_obs_steps=1, n_action_steps=5, agents=agents, train=train)
+    score = None if reference is None else "d4rl"
+    return Task(env_id, kinds={"obs": "standard"}, success="success", score=score, reference=reference, preset=preset)
 
 
 TASKS: dict[str, Task] = {
@@ -195,8 +205,8 @@ TASKS: dict[str, Task] = {
     "halfcheetah": _locomotion("HalfCheetah"),
     "hopper": _locomotion("Hopper"),
     "walker2d": _locomotion("Walker2d"),
-    "cube-single": _manipulation("cube-single-singletask-v0", success="success"),
-    "door": _manipulation("AdroitHandDoor-v1", score="d4rl", reference="door-human-v1"),
+    "cube-single": _manipulation("cube-single-singletask-v0", CUBE),
+    "door": _manipulation("AdroitHandDoor-v1", DOOR, reference="door-human-v1"),
 }
 
 

@@ -131,14 +131,31 @@ def test_a_finished_run_is_not_run_again_and_one_of_other_settings_is_refused(re
     run("--agents", "bc", "--steps", "3")  # from the checkpoint of the last step: only played again
     again = json.loads((tmp_path / "out/results/bc-hopper-mixed-0.json").read_text())
     assert again["score"] == json.loads(first)["score"]
+    with pytest.raises(DiffPolicyError, match=r"bc-hopper-mixed-0\.json is of other settings"):
+        run("--agents", "bc", "--steps", "5")
     (tmp_path / "out/results/bc-hopper-mixed-0.json").unlink()
     with pytest.raises(DiffPolicyError, match="bc-hopper-mixed-0 holds a run of other settings"):
         run("--agents", "bc", "--steps", "5")
+    with pytest.raises(DiffPolicyError, match="no settings for 'mip'"):
+        run("--agents", "idql", "mip", "--steps", "3", "--out", str(tmp_path / "other"))
+    with pytest.raises(DiffPolicyError, match=r"there is no cube-single-play-v0\.npz"):
+        run("--datasets", "cube-single-play", "--agents", "bc", "--out", str(tmp_path / "other"))
+    assert not list((tmp_path / "other").rglob("policy.json"))  # refused before the first run
 
 
-@pytest.mark.parametrize("robot", ["hopper", "walker2d", "halfcheetah"])
-def test_each_robot_has_settings_for_each_agent_that_the_script_names(robot):
-    settings = TASKS[robot].preset.agents
+@pytest.mark.parametrize("task", TASKS)
+def test_the_settings_of_each_task_are_those_of_their_agents(task):
+    settings = TASKS[task].preset.agents
     assert {name: type(value) for name, value in settings.items()} == {name: AGENTS[name].config for name in settings}
-    named = FOLDER.joinpath("__main__.py").read_text().split("AGENTS = (")[1].split(")")[0]
-    assert {name.strip(' "') for name in named.split(",")} == set(settings)
+    if task in ("hopper", "walker2d", "halfcheetah"):
+        assert set(settings) == set(AGENTS) - {"mip", "distill"}
+
+
+def test_a_score_is_100_a_success_where_the_task_has_no_reference(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    datasets = importlib.import_module("data")
+    arrays = ({"obs": np.zeros((3, 1), np.float32)}, np.zeros((2, 1), np.float32), np.zeros(2, np.float32))
+    won = from_list([Episode(*arrays, False, True, {"success": np.array(s, np.float32)}) for s in ([0, 1], [0, 0])])
+    assert datasets.get_dataset("cube-single-play").score(won).tolist() == [100.0, 0.0]
+    with pytest.raises(DiffPolicyError, match="there is no dataset 'cube'"):
+        datasets.get_dataset("cube")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffpolicy.agents.bc import Bc, BcConfig
-from diffpolicy.compiler import no_compiler
+from diffpolicy.compiler import why_no_compiler
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
@@ -143,7 +143,7 @@ def test_a_gradient_longer_than_the_limit_is_shortened_to_it_and_another_is_left
     torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
 
 
-@pytest.mark.skipif(no_compiler() != "", reason=no_compiler())
+@pytest.mark.skipif(why_no_compiler() != "", reason=why_no_compiler())
 def test_a_compiled_training_ends_where_the_other_does(tmp_path):
     episodes, config = make_episodes(), TrainConfig(steps=5, batch_size=16)
     agents = [make_agent(episodes, 5, config=BcConfig(TINY, warmup_steps=0, compile=c)) for c in (False, True)]
@@ -160,7 +160,7 @@ def norms_of(agent: Bc) -> list[GroupNormMish]:
 
 def test_compiling_without_a_compiler_is_refused_before_the_first_step(monkeypatch):
     monkeypatch.setattr("diffpolicy.compiler.shutil.which", lambda name: None)
-    with pytest.raises(SpecError, match="needs a C\\+\\+ compiler and finds none"):
+    with pytest.raises(SpecError, match="needs a C\\+\\+ compiler and finds no"):
         make_agent(make_episodes(), 5, config=BcConfig(TINY, compile=True))
 
 

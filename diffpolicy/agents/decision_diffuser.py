@@ -41,7 +41,8 @@ class DecisionDiffuserConfig(ImitationConfig):
     """Discount a step of the return."""
     whole_episode: bool = False
     """Tell the return of the whole episode at each of its steps, not what follows the step: where several agents made
-    the data, it says which of them acted. It needs no discount, and one goal is right in every state."""
+    the data, it says which of them acted, and one goal is right in every state. All recorded rewards count alike: there
+    is no discount, and `info["mask"]` ends nothing."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.dropout < 1 and 0 <= self.gamma <= 1):
@@ -56,7 +57,7 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
     ) -> Windows:
         """Return windows whose reward is R, normalised over all episodes, those not chosen included."""
         if self.config.whole_episode:
-            returns = np.repeat(episodes.returns, episodes.length)
+            returns = np.repeat(episodes.returns, np.asarray(episodes.length, dtype=np.int64))
         else:
             returns = rewards.returns_to_go(episodes, self.config.gamma)
         low, width = returns.min(), max(float(np.ptp(returns)), 1e-8)

@@ -11,15 +11,27 @@ from typing import Any
 import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
+from diffpolicy.errors import MissingExtraError, first_line
+
 PLUGINS = ("gymnasium_robotics", "gym_pusht", "ogbench")
 
 
 def register(env_id: str) -> None:
-    """Import the packages that register robotics, Push-T and OGBench, one by one until `env_id` is known."""
+    """Import the packages that register robotics, Push-T and OGBench, one by one until `env_id` is known.
+
+    Raises:
+        MissingExtraError: if one of them is installed and cannot be imported.
+    """
     for plugin in PLUGINS:
         if env_id not in gymnasium.registry and ":" not in env_id and find_spec(plugin):
-            with redirect_stderr(StringIO()):  # they print notices about tasks nobody asked for
-                import_module(plugin)
+            try:
+                with redirect_stderr(StringIO()):  # they print notices about tasks nobody asked for
+                    import_module(plugin)
+            except Exception as error:  # a renderer that MUJOCO_GL names and the system lacks, for example
+                raise MissingExtraError(
+                    f"{env_id!r} may be an environment of {plugin}, which cannot be imported ({first_line(error)}); "
+                    "install it again, and if its renderer is what fails, set MUJOCO_GL=disable"
+                ) from error
 
 
 def make(env: str | EnvSpec, **kwargs: Any) -> gymnasium.Env:

@@ -62,7 +62,7 @@ def _norm_mish(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups
     of_groups = x.view(length, batch, groups, channels // groups)
     centred = of_groups - of_groups.mean((0, 3), keepdim=True)
     unit = centred * (centred.square().mean((0, 3), keepdim=True) + eps).rsqrt()
-    y = unit.view(x.shape) * weight + bias
+    y = unit.reshape(x.shape) * weight + bias
     s = y.sigmoid()
     p = s * (2 - s)
     return y * (p / (2 - p))

@@ -51,3 +51,8 @@ def test_returns_to_go_by_hand_of_episodes_of_different_length_and_of_one_that_g
     assert returns_to_go(two, 0.5).tolist() == [1 + 0.5 * (2 + 0.5 * 3), 2 + 0.5 * 3, 3, 4]
     masked = replace(two, info={"mask": np.array([True, False, True, True])})
     assert returns_to_go(masked, 0.5).tolist() == [1 + 0.5 * 2, 2, 3, 4]
+
+
+def test_rewards_that_are_all_0_are_refused_as_nothing_to_value():
+    with pytest.raises(DatasetError, match=r"every reward is 0.*--relabel"):
+        make_rewards(RewardConfig(), episodes([0.0, 0.0], [0.0]))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffpolicy.compiler import no_compiler
-from diffpolicy.nets.norm import GroupNormMish, fuse_norms
+from diffpolicy.compiler import why_no_compiler
+from diffpolicy.nets.norm import GroupNormMish, _compiled, fuse_norms
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
@@ -27,7 +27,7 @@ def test_function_and_gradients_equal_groupnorm_then_mish(shape, scale):
 
 
 @pytest.mark.parametrize(
-    "fused", [False, pytest.param(True, marks=pytest.mark.skipif(no_compiler() != "", reason=no_compiler()))]
+    "fused", [False, pytest.param(True, marks=pytest.mark.skipif(why_no_compiler() != "", reason=why_no_compiler()))]
 )
 @pytest.mark.parametrize("with_film", [False, True])
 def test_with_film_and_fused_too_function_and_gradients_are_pytorchs(fused, with_film):
@@ -49,6 +49,19 @@ def test_with_film_and_fused_too_function_and_gradients_are_pytorchs(fused, with
         out = function(x.permute(1, 2, 0), film if with_film else None)
         found.append((out, *torch.autograd.grad((out * weights).sum(), given)))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_each_size_is_compiled_once_for_all_networks_however_many(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled.append(function.__code__) or function)
+    _compiled.cache_clear()
+    for _ in range(2):  # two networks of the same sizes
+        for length in range(1, 11):  # more sizes than PyTorch compiles of one function
+            norm = GroupNormMish(4, 8)
+            fuse_norms(norm)
+            norm(torch.randn(length, 2, 8, requires_grad=True).permute(1, 2, 0), torch.randn(2, 16))
+    _compiled.cache_clear()
+    assert len(compiled) == len({id(code) for code in compiled}) == 10
 
 
 def test_acting_takes_pytorchs_own_to_the_bit():

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpolicy.compiler import no_compiler
+from diffpolicy.compiler import why_no_compiler
 from diffpolicy.control.compiled.chain import Bodies, Chain, samples_of
 from diffpolicy.control.compiled.runtimes import eight_bits, lacks_bfloat16, onnxruntime_body, openvino_body, to_onnx
 from diffpolicy.diffusion.prefix import Prefix
@@ -183,7 +183,7 @@ def _inductor(job: Job) -> Bodies:
 
 def cpp_compiler() -> str:
     """Say why nothing can be compiled here, or nothing."""
-    reason = no_compiler()
+    reason = why_no_compiler()
     return reason and f"{reason}, or choose another backend"
 
 

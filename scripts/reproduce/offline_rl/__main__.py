@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import tyro
-from datasets import LOCOMOTION, get_dataset
+from data import LOCOMOTION, get_dataset
 from results import EVALUATION_SEED, SEEDS_APART, Run, read
 from table import write
 
@@ -32,8 +32,6 @@ from diffpolicy.tables import make_agent
 from diffpolicy.tasks import Task
 from diffpolicy.train import TrainConfig
 
-AGENTS = ("bc", "idql", "dql", "edp", "qc", "fql", "cfgrl", "diffuser", "decision-diffuser")
-
 
 @dataclass(frozen=True)
 class Args:
@@ -45,8 +43,8 @@ class Args:
     """Where runs, results and the table go."""
     datasets: tuple[str, ...] = LOCOMOTION
     """Names; the first are run first."""
-    agents: tuple[str, ...] = AGENTS
-    """Agents that the task's preset has settings for."""
+    agents: tuple[str, ...] | None = None
+    """Agents, those that the task's preset has settings for if not given."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
     episodes: int = 20
@@ -92,7 +90,7 @@ def jobs(args: Args) -> Iterator[Job]:
         for dataset in args.datasets:
             task = get_dataset(dataset).task
             steps = task.preset.train.steps if args.steps is None else args.steps
-            for agent in args.agents:
+            for agent in task.preset.agents if args.agents is None else args.agents:
                 yield Job(agent, dataset, seed, task, replace(task.preset.train, seed=seed, steps=steps, device="cpu"))
 
 
@@ -114,10 +112,10 @@ def trained(job: Job, episodes: Episodes, folder: Path) -> Policy:
     return Policy.load(folder)
 
 
-def described(job: Job, episodes: Episodes) -> dict[str, Any]:
-    """Return what made a run, as JSON values; `diffpolicy evaluate` finds its task there."""
+def arguments(job: Job) -> dict[str, Any]:
+    """Return a run's settings, as JSON values; `diffpolicy evaluate` finds its task there."""
     preset = job.task.preset
-    arguments = {
+    settings = {
         "task": get_dataset(job.dataset).task_name,
         "agent": job.agent,
         "horizon": preset.horizon,
@@ -126,12 +124,13 @@ def described(job: Job, episodes: Episodes) -> dict[str, Any]:
         job.agent: asdict(job.settings),
         "train": asdict(job.train),
     }
-    description = {
-        "arguments": arguments,
-        "dataset_fingerprint": training.fingerprint(episodes),
-        "versions": training.versions(),
-    }
-    return json.loads(json.dumps(description))
+    return json.loads(json.dumps(settings))
+
+
+def described(job: Job, episodes: Episodes) -> dict[str, Any]:
+    """Return what made a run."""
+    data, versions = training.fingerprint(episodes), training.versions()
+    return {"arguments": arguments(job), "dataset_fingerprint": data, "versions": versions}
 
 
 def run(job: Job, args: Args) -> Run:
@@ -149,9 +148,27 @@ def run(job: Job, args: Args) -> Run:
         returns=tuple(float(x) for x in played.returns),
         steps=job.train.steps,
         first_episode_seed=first,
-        settings=described(job, episodes)["arguments"],
+        settings=arguments(job),
         versions=training.versions(),
     )
+
+
+def unfinished(args: Args) -> list[Job]:
+    """Return what is still to be run.
+
+    Raises:
+        PolicyError: if a finished run had other settings, or an agent has none.
+        DatasetError: if a file is missing.
+    """
+    left = []
+    for job in jobs(args):
+        settings, path = arguments(job), args.out / "results" / f"{job.name}.json"
+        if not path.exists():
+            left.append(job)
+            get_dataset(job.dataset).find(args.data)
+        elif json.loads(path.read_text())["settings"] != settings:
+            raise PolicyError(f"{path} is of other settings than today's; give another --out, or remove it")
+    return left
 
 
 def main() -> None:
@@ -163,9 +180,7 @@ def main() -> None:
     known = args.out / "data.json"
     scored = {dataset: score for dataset, score in data.items() if score is not None}
     known.write_text(json.dumps({**(json.loads(known.read_text()) if known.exists() else {}), **scored}))
-    for job in jobs(args):
-        if (args.out / "results" / f"{job.name}.json").exists():
-            continue
+    for job in unfinished(args):
         begin = time.process_time()
         result = run(job, args)
         result.save(args.out / "results")

@@ -1,6 +1,6 @@
 """Results of offline RL runs: one JSON file a run, and what many of them say together, with 95 % intervals.
 
-    RESULTS/idql-hopper-mixed-0.json      agent, dataset and training seed; the normalised score of each episode
+    RESULTS/idql-hopper-mixed-0.json      agent, dataset and training seed; the score of each episode
 
 A run's score is the mean of its episodes. A group of datasets (all `mixed` ones, say) has the mean of its datasets'
 means and the interquartile mean of its runs (Agarwal et al. 2021). Intervals are percentiles of a bootstrap that draws,
@@ -35,7 +35,7 @@ class Run:
     dataset: str
     seed: int
     score: tuple[float, ...]
-    """Normalised score of each episode, 0 random, 100 D4RL's expert."""
+    """Score of each episode: D4RL's, 0 random and 100 its expert, or 100 for a success."""
     returns: tuple[float, ...]
     steps: int
     """Gradient steps."""

@@ -40,7 +40,7 @@ def groups(table: Table) -> dict[str, list[str]]:
     """Return the datasets that any agent has played: by quality, the others each on its own, by name."""
     datasets = sorted({dataset for own in table.values() for dataset in own})
     found = {q: [d for d in datasets if d.endswith(f"-{q}")] for q in QUALITIES}
-    others = {d: [d] for d in datasets if not d.endswith(QUALITIES)}
+    others = {d: [d] for d in datasets if not any(d in members for members in found.values())}
     return {quality: members for quality, members in found.items() if members} | others
 
 
