@@ -107,7 +107,7 @@ def test_unknown_agents_foreign_settings_and_impossible_choices_are_refused(tmp_
         (["--agent", "cfgrl", "--denoiser.told-embed-dim", "0"], "told-embed-dim a size above 0"),
         (["--agent", "diffuser", "--gamma", "1.5"], "got gamma 1.5"),
         (["--agent", "decision-diffuser", "--sampler.temperature", "-1"], "temperature of -1"),
-        (["--agent", "dql", "--td.rewards.kind", "return_range", "--dataset", flat(tmp_path)], "use plain"),
+        (["--agent", "dql", "--dataset", flat(tmp_path)], "every reward is 0"),
     ):
         assert main([*argv, *more]) == 2
         assert words in capsys.readouterr().err
