@@ -3,6 +3,11 @@
 All of them are `DiffPolicyError`, which the command line prints without a traceback (exit code 2).
 """
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class DiffPolicyError(ValueError):
     """Bad input, refused at a door of the library."""
@@ -30,6 +35,17 @@ class MissingExtraError(DiffPolicyError):
 
 class ControlError(DiffPolicyError):
     """A control loop that cannot be safe as it was asked for: its limits, its delay, its start."""
+
+
+def look_up(what: str, name: str, table: Mapping[str, T]) -> T:
+    """Return an entry of a table by its name; `what` is what the table holds.
+
+    Raises:
+        SpecError: if there is none of that name.
+    """
+    if name not in table:
+        raise SpecError(f"there is no {what} {name!r}; wanted one of {', '.join(table)}")
+    return table[name]
 
 
 def first_line(error: BaseException) -> str:

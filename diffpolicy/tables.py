@@ -24,7 +24,7 @@ from diffpolicy.data.normalizer import Kinds, Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained, blended
 from diffpolicy.diffusion.prefix import exponential, hard, linear
-from diffpolicy.errors import SpecError
+from diffpolicy.errors import look_up
 from diffpolicy.imitation import ImitationConfig
 from diffpolicy.parts import SamplerConfig
 from diffpolicy.tasks import Preset
@@ -92,9 +92,7 @@ def get_strategy(name: str) -> Strategy:
     Raises:
         SpecError: if there is none of that name.
     """
-    if name not in STRATEGIES:
-        raise SpecError(f"there is no strategy {name!r}; wanted one of {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]
+    return look_up("strategy", name, STRATEGIES)
 
 
 def get_algorithm(name: str) -> Algorithm:
@@ -103,9 +101,7 @@ def get_algorithm(name: str) -> Algorithm:
     Raises:
         SpecError: if there is none of that name.
     """
-    if name not in AGENTS:
-        raise SpecError(f"there is no agent {name!r}; wanted one of {', '.join(AGENTS)}")
-    return AGENTS[name]
+    return look_up("agent", name, AGENTS)
 
 
 def settings_for(name: str, preset: Preset) -> Any:

@@ -23,7 +23,7 @@ from diffpolicy.critics import TdConfig
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Kinds
 from diffpolicy.data.scores import Reference
-from diffpolicy.errors import SpecError
+from diffpolicy.errors import SpecError, look_up
 from diffpolicy.guides import ClassifierFreeGuidance
 from diffpolicy.imitation import ActorConfig
 from diffpolicy.parts import CriticConfig, DenoiserConfig, RewardConfig, SamplerConfig, SelectionConfig
@@ -216,9 +216,7 @@ def get_task(name: str | None) -> Task | None:
     Raises:
         SpecError: if there is none of that name.
     """
-    if name is not None and name not in TASKS:
-        raise SpecError(f"there is no task {name!r}; wanted one of {', '.join(TASKS)}")
-    return None if name is None else TASKS[name]
+    return None if name is None else look_up("task", name, TASKS)
 
 
 def prepare(task: Task | None, episodes: Episodes) -> Episodes:

@@ -7,7 +7,7 @@ import numpy as np
 
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.sources import load
-from diffpolicy.errors import DatasetError, SpecError
+from diffpolicy.errors import DatasetError, look_up
 from diffpolicy.evaluate import outcomes
 from diffpolicy.tasks import Task, get_task
 
@@ -78,6 +78,4 @@ def get_dataset(name: str) -> Dataset:
     Raises:
         SpecError: if there is none of that name.
     """
-    if name not in DATASETS:
-        raise SpecError(f"there is no dataset {name!r}; wanted one of {', '.join(DATASETS)}")
-    return DATASETS[name]
+    return look_up("dataset", name, DATASETS)
