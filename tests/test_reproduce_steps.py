@@ -42,7 +42,10 @@ def test_undefined_combinations_are_not_played_and_those_of_the_claims_come_firs
     assert [cell.config.steps for cell in cells if cell.name == "flow-heun-5"] == [3]
     assert [cell.sampler for cell in cells if cell.objective == "flow" and cell.k == 1] == ["euler"]
     assert {cell.k for cell in cells if cell.objective == "mip"} == {1, 2}
-    assert {(cell.k > 10, cell.episodes(300), cell.episodes(40)) for cell in cells} == {(False, 300, 40), (True, 100, 40)}
+    assert {(cell.k > 10, cell.episodes(300), cell.episodes(40)) for cell in cells} == {
+        (False, 300, 40),
+        (True, 100, 40),
+    }
 
 
 def test_the_table_of_known_reports_has_their_rates_and_paired_differences_and_is_drawn(steps, tmp_path, capsys):
