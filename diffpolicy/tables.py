@@ -25,7 +25,7 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Spread, Trained, blended
 from diffpolicy.diffusion.prefix import exponential, hard, linear
 from diffpolicy.errors import look_up
-from diffpolicy.imitation import ImitationConfig
+from diffpolicy.learning.imitation import ImitationConfig
 from diffpolicy.parts import SamplerConfig
 from diffpolicy.tasks import Preset
 from diffpolicy.train import Agent, TrainConfig

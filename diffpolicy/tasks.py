@@ -19,13 +19,13 @@ from diffpolicy.agents.edp import EdpConfig
 from diffpolicy.agents.fql import FqlConfig
 from diffpolicy.agents.idql import IdqlConfig
 from diffpolicy.agents.qc import QcConfig
-from diffpolicy.critics import TdConfig
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Kinds
 from diffpolicy.data.scores import Reference
 from diffpolicy.errors import SpecError, look_up
 from diffpolicy.guides import ClassifierFreeGuidance
-from diffpolicy.imitation import ActorConfig
+from diffpolicy.learning.actor import ActorConfig
+from diffpolicy.learning.critics import TdConfig
 from diffpolicy.parts import CriticConfig, DenoiserConfig, RewardConfig, SamplerConfig, SelectionConfig
 from diffpolicy.rollout import Actor, make_env, make_envs
 from diffpolicy.train import TrainConfig

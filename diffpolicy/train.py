@@ -11,7 +11,7 @@ clipping), `learning_rate`, `samples_per_s`, `validation/action_error` (mean abs
 the data's, unit scale) and `validation/action_error_by_index/k` for the k-th action of the chunk; with
 `--evaluate-every`, `evaluation/return`, `/length` and `/success` of episodes played meanwhile, on seeds that no report
 has: to look at, the last checkpoint is the result. Those of critics, and of actors that climb them, are explained in
-`critics.py`.
+`learning/critics.py`.
 """
 
 import hashlib

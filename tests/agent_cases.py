@@ -13,11 +13,11 @@ from diffpolicy.agents.edp import Edp, EdpConfig
 from diffpolicy.agents.fql import Fql, FqlConfig
 from diffpolicy.agents.idql import Idql, IdqlConfig
 from diffpolicy.agents.qc import Qc, QcConfig
-from diffpolicy.critics import TdConfig
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.imitation import ActorConfig
+from diffpolicy.learning.actor import ActorConfig
+from diffpolicy.learning.critics import TdConfig
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 from diffpolicy.train import Agent, TrainConfig, fit
 

@@ -13,7 +13,7 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 from diffpolicy.errors import PolicyError, SpecError, TrainingError
-from diffpolicy.imitation import clip_gradient
+from diffpolicy.learning.descent import clip_gradient
 from diffpolicy.nets.norm import GroupNormMish
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy

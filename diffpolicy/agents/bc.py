@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from diffpolicy.data.windows import Batch
-from diffpolicy.imitation import Imitation, ImitationConfig, Imitator
+from diffpolicy.learning.imitation import Imitation, ImitationConfig
+from diffpolicy.learning.imitator import Imitator
 
 
 @dataclass(frozen=True)

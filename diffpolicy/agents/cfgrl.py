@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from diffpolicy.actor_critic import ActorCritic, ActorCriticConfig, Learned
-from diffpolicy.critics import ExpectileValue, Metrics, whole_chunks
 from diffpolicy.data.windows import Batch
 from diffpolicy.guides import BetterGuidance
-from diffpolicy.imitation import ActorConfig
+from diffpolicy.learning.actor import ActorConfig
+from diffpolicy.learning.actor_critic import ActorCritic, ActorCriticConfig, Learned
+from diffpolicy.learning.critics import ExpectileValue, Metrics, whole_chunks
 from diffpolicy.nets.encoder import TOLD
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig, make_value
 

@@ -17,7 +17,8 @@ from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import SpecError
 from diffpolicy.guides import ClassifierFreeGuidance
-from diffpolicy.imitation import Imitation, ImitationConfig, Imitator
+from diffpolicy.learning.imitation import Imitation, ImitationConfig
+from diffpolicy.learning.imitator import Imitator
 from diffpolicy.nets.encoder import TOLD
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy

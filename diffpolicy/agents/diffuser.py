@@ -20,7 +20,8 @@ from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.diffusion.denoiser import NetworkDenoiser, broadcast, diffuse
 from diffpolicy.errors import SpecError
 from diffpolicy.guides import ValueGuidance
-from diffpolicy.imitation import Imitation, ImitationConfig, Imitator, stratified_times
+from diffpolicy.learning.imitation import Imitation, ImitationConfig
+from diffpolicy.learning.imitator import Imitator, stratified_times
 from diffpolicy.nets.critic import NoisedValue
 from diffpolicy.parts import (
     CriticConfig,

@@ -23,7 +23,8 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch
 from diffpolicy.errors import SpecError
-from diffpolicy.imitation import Imitation, ImitationConfig, Imitator, autocast
+from diffpolicy.learning.imitation import Imitation, ImitationConfig
+from diffpolicy.learning.imitator import Imitator, autocast
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffpolicy.actor_critic import ActorCritic, ActorCriticConfig, check_count
-from diffpolicy.critics import FrozenWeights, Metrics, climbing_loss
 from diffpolicy.data.windows import Batch, Obs
-from diffpolicy.imitation import ActorConfig
+from diffpolicy.learning.actor import ActorConfig
+from diffpolicy.learning.actor_critic import ActorCritic, ActorCriticConfig, check_count
+from diffpolicy.learning.critics import FrozenWeights, Metrics, climbing_loss
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 
 MLP = DenoiserConfig("mlp", step_embed_dim=16, prediction="v_prediction")

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffpolicy.actor_critic import ActorCritic, ActorCriticConfig
-from diffpolicy.critics import FrozenWeights, Metrics, climbing_loss
 from diffpolicy.data.windows import Batch
 from diffpolicy.diffusion.denoiser import broadcast, diffuse
-from diffpolicy.imitation import ActorConfig, stratified_times
+from diffpolicy.learning.actor import ActorConfig
+from diffpolicy.learning.actor_critic import ActorCritic, ActorCriticConfig
+from diffpolicy.learning.critics import FrozenWeights, Metrics, climbing_loss
+from diffpolicy.learning.imitator import stratified_times
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 
 MLP = DenoiserConfig("mlp", step_embed_dim=16, schedule="linear")

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from diffpolicy.actor_critic import ActorCritic, ActorCriticConfig, Learned
-from diffpolicy.critics import FrozenWeights, Metrics
 from diffpolicy.data.windows import Batch
-from diffpolicy.imitation import Actor, ActorConfig
+from diffpolicy.learning.actor import Actor, ActorConfig
+from diffpolicy.learning.actor_critic import ActorCritic, ActorCriticConfig, Learned
+from diffpolicy.learning.critics import FrozenWeights, Metrics
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 
 FLOW = DenoiserConfig("mlp", hidden_dim=512, step_embed_dim=64, schedule="flow", prediction="flow")

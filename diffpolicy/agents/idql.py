@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffpolicy.actor_critic import ActorCritic, ActorCriticConfig, Learned
-from diffpolicy.critics import ExpectileValue, Metrics, whole_chunks
 from diffpolicy.data.windows import Batch
-from diffpolicy.imitation import ActorConfig
+from diffpolicy.learning.actor import ActorConfig
+from diffpolicy.learning.actor_critic import ActorCritic, ActorCriticConfig, Learned
+from diffpolicy.learning.critics import ExpectileValue, Metrics, whole_chunks
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig, make_value
 
 MLP = DenoiserConfig("mlp", step_embed_dim=64, prediction="v_prediction")

@@ -17,7 +17,8 @@ from diffpolicy.data.windows import Batch
 from diffpolicy.diffusion.denoiser import diffuse
 from diffpolicy.diffusion.sampler import Mip as MipSampler
 from diffpolicy.errors import SpecError
-from diffpolicy.imitation import Imitation, ImitationConfig, Imitator, autocast, mean_of_real
+from diffpolicy.learning.imitation import Imitation, ImitationConfig
+from diffpolicy.learning.imitator import Imitator, autocast, mean_of_real
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 
 TWO_STEPS = SamplerConfig("mip", 2)

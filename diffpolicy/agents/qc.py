@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffpolicy.actor_critic import ActorCritic, ActorCriticConfig, check_count
-from diffpolicy.critics import Metrics
 from diffpolicy.data.windows import Batch, Obs
 from diffpolicy.diffusion.selection import BestOf
-from diffpolicy.imitation import ActorConfig
+from diffpolicy.learning.actor import ActorConfig
+from diffpolicy.learning.actor_critic import ActorCritic, ActorCriticConfig, check_count
+from diffpolicy.learning.critics import Metrics
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 
 FLOW = DenoiserConfig("mlp", hidden_dim=512, step_embed_dim=64, schedule="flow", prediction="flow")

@@ -8,9 +8,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from worlds import bandit
 
-from diffpolicy.actor_critic import ActorCriticConfig
 from diffpolicy.cli import main
 from diffpolicy.data import store
+from diffpolicy.learning.actor_critic import ActorCriticConfig
 from diffpolicy.policy import Policy
 from diffpolicy.tables import AGENTS
 

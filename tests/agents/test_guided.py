@@ -11,12 +11,12 @@ from worlds import bandit, chain
 
 from diffpolicy.agents.cfgrl import Cfgrl
 from diffpolicy.agents.diffuser import ValuedImitator
-from diffpolicy.critics import TdConfig
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.windows import Batch
 from diffpolicy.diffusion.exact import Mixture
 from diffpolicy.errors import PolicyError, SpecError
 from diffpolicy.guides import ClassifierFreeGuidance, ValueGuidance
+from diffpolicy.learning.critics import TdConfig
 from diffpolicy.nets.encoder import TOLD
 from diffpolicy.parts import DenoiserConfig, SelectionConfig
 from diffpolicy.policy import Policy

@@ -9,11 +9,11 @@ import torch
 from agent_cases import AGENTS, GAMMA, MLP, OFFLINE_RL, UNET, learn, make
 from worlds import bandit, chain
 
-from diffpolicy.actor_critic import ActorCritic
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch
+from diffpolicy.learning.actor_critic import ActorCritic
 from diffpolicy.parts import SamplerConfig
 from diffpolicy.policy import Policy
 from diffpolicy.train import Agent, TrainConfig, train

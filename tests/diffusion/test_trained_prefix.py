@@ -13,7 +13,7 @@ from diffpolicy.diffusion.guidance import Clipped, Trained
 from diffpolicy.diffusion.prefix import hard, prefix_weights
 from diffpolicy.diffusion.sampler import Ddim, DpmPP2M, Heun, sample
 from diffpolicy.errors import SpecError
-from diffpolicy.imitation import Imitator
+from diffpolicy.learning.imitator import Imitator
 from diffpolicy.nets.prefixed import Prefixed
 from diffpolicy.parts import PREDICTIONS, SCHEDULES, DenoiserConfig, make_denoiser, make_encoder
 

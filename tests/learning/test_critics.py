@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffpolicy.critics import (
+from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.spec import Spec
+from diffpolicy.data.windows import Windows
+from diffpolicy.errors import TrainingError
+from diffpolicy.learning.critics import (
     Critics,
     TdConfig,
     climbing_loss,
@@ -13,11 +18,6 @@ from diffpolicy.critics import (
     polyak_update,
     whole_chunks,
 )
-from diffpolicy.data.episodes import Episode, Episodes, from_list
-from diffpolicy.data.normalizer import Normalizer
-from diffpolicy.data.spec import Spec
-from diffpolicy.data.windows import Windows
-from diffpolicy.errors import TrainingError
 from diffpolicy.parts import CriticConfig, make_critic
 
 GAMMA = 0.9

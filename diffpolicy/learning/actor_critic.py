@@ -14,7 +14,6 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from diffpolicy.critics import CHECK_EVERY, Critics, TdConfig, known_returns
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.rewards import transformed
@@ -22,7 +21,8 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import SpecError
 from diffpolicy.guides import Guidance
-from diffpolicy.imitation import Actor, ActorConfig
+from diffpolicy.learning.actor import Actor, ActorConfig
+from diffpolicy.learning.critics import CHECK_EVERY, Critics, TdConfig, known_returns
 from diffpolicy.parts import (
     CriticConfig,
     DenoiserConfig,

@@ -1,0 +1,1 @@
+"""What agents share: the models that learn, their losses and optimizers; an agent adds its own losses."""

@@ -1,0 +1,41 @@
+"""How weights descend: the learning rate of a step, the length of a gradient, a compiled network."""
+
+import math
+
+import torch
+from torch import nn
+
+from diffpolicy.compiler import why_no_compiler
+from diffpolicy.errors import SpecError
+from diffpolicy.nets.norm import fuse_norms
+
+
+def warmup_cosine(step: int, steps: int, peak: float, warmup_steps: int) -> float:
+    """Learning rate: linear warm-up (at most a tenth of the run), then half a cosine to zero at `steps`."""
+    warmup = min(warmup_steps, max(steps // 10, 1))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def clip_gradient(module: nn.Module, limit: float) -> torch.Tensor:
+    """Shorten the gradient to a norm of `limit`; return its norm before, still on the device."""
+    parameters = list(module.parameters())
+    norm = nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
+    if norm.device.type != "cpu" or not norm <= limit:  # multiplying by 1 would read and write it all
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def compile_training(network: nn.Module, device: torch.device) -> None:
+    """Have a network compiled at its first training step: the U-Net's norms on a CPU, else all of it.
+
+    Raises:
+        SpecError: if there is no C++ compiler for a CPU.
+    """
+    reason = why_no_compiler() if device.type == "cpu" else ""
+    if reason:
+        raise SpecError(f"--compile {reason}, or leave it out")
+    if device.type != "cpu" or not fuse_norms(network):
+        network.compile()
