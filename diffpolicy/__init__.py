@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from diffpolicy.data.spec import Spec
     from diffpolicy.data.windows import Windows
     from diffpolicy.errors import DiffPolicyError
-    from diffpolicy.evaluate import compare, evaluate
+    from diffpolicy.evaluate import evaluate
     from diffpolicy.parts import DenoiserConfig, SamplerConfig
     from diffpolicy.policy import Policy
+    from diffpolicy.report import compare
     from diffpolicy.rollout import rollout
     from diffpolicy.train import TrainConfig, fit
 
@@ -33,9 +34,10 @@ import_when_used(
         "diffpolicy.data.spec": ("Spec",),
         "diffpolicy.data.windows": ("Windows",),
         "diffpolicy.errors": ("DiffPolicyError",),
-        "diffpolicy.evaluate": ("compare", "evaluate"),
+        "diffpolicy.evaluate": ("evaluate",),
         "diffpolicy.parts": ("DenoiserConfig", "SamplerConfig"),
         "diffpolicy.policy": ("Policy",),
+        "diffpolicy.report": ("compare",),
         "diffpolicy.rollout": ("rollout",),
         "diffpolicy.train": ("TrainConfig", "fit"),
     },

@@ -1,14 +1,12 @@
-"""Evaluation: episodes to a report with 95 % intervals; two reports to a paired comparison.
+"""Evaluation: episodes on unseen seeds to a report.
 
-A success rate has a Wilson interval, a mean a percentile bootstrap one. Episode `k` of every evaluation is reset with
-seed `seed + k` and gets the same noise, so two policies are compared pair by pair: what is left is their difference.
+Episode `k` of every evaluation is reset with seed `seed + k` and gets the same noise, so that two policies can be
+compared pair by pair (`report.py`).
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,41 +15,13 @@ import torch
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.scores import Reference, d4rl
 from diffpolicy.errors import DatasetError, SpecError
+from diffpolicy.observations import check_spaces
 from diffpolicy.policy import Policy
+from diffpolicy.report import Execution, Report, bootstrap, wilson
 from diffpolicy.rollout import Actor, make_envs, rollout
 
-RESAMPLES = 10_000
 PARALLEL = 32
 LATENCY_PLANS = 30
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean or rate with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Return `value [low, high]`."""
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def wilson(successes: int, n: int) -> Estimate:
-    """Rate with its Wilson score interval (Wilson 1927), which stays sensible at 0 and 1."""
-    z, rate = 1.959964, successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return Estimate(rate, float(min(max(centre - half, 0.0), rate)), float(max(min(centre + half, 1.0), rate)))
-
-
-def bootstrap(values: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean of `(n,)` with its percentile bootstrap interval (10,000 resamples)."""
-    values = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -123,104 +93,6 @@ def outcomes(episodes: Episodes, success: str | None, score: str | None, referen
     return Outcomes(episodes.returns, won, measured.of(episodes) if measured else None)
 
 
-@dataclass(frozen=True)
-class Execution:
-    """How chunks were joined while plans came late.
-
-    `delay` is in control steps, None where each plan's own time counted; `steps` is what the plans took, `p50` and
-    `max`. `jumps (E,)` is the mean change of velocity at the borders of an episode's chunks as a share of the action's
-    range, not a number where an episode has no border; `jump` is the mean of that.
-    """
-
-    strategy: str
-    delay: int | None
-    steps: Mapping[str, float]
-    jumps: np.ndarray
-
-    @property
-    def jump(self) -> Estimate | None:
-        """Mean over the episodes that have a border."""
-        known = self.jumps[np.isfinite(self.jumps)]
-        return bootstrap(known) if len(known) else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        e = self.jump
-        jump = None if e is None else {"mean": e.value, "ci95": [e.low, e.high]}
-        return {"strategy": self.strategy, "delay": self.delay, "steps": dict(self.steps), "jump": jump}
-
-    def __str__(self) -> str:
-        """Return what the plans took."""
-        told = "" if self.delay is None else f"a delay of {self.delay} steps; "
-        return f"{self.strategy}, {told}plans took {self.steps['p50']:.0f} steps, {self.steps['max']:.0f} at most"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `report.json` holds; intervals are 95 %."""
-
-    env_id: str
-    env_kwargs: Mapping[str, Any]
-    episodes: int
-    seeds: tuple[int, int]
-    success_rule: str | None
-    returns: Estimate
-    success: Estimate | None
-    score: Estimate | None
-    score_kind: str | None
-    length: float
-    plan_ms: Mapping[str, float]
-    sampler: str
-    nfe: int
-    device: str
-    versions: Mapping[str, str]
-    by_episode: Mapping[str, list[float | None]]
-    execution: Execution | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        values = asdict(self) | {"execution": self.execution and self.execution.to_json()}
-        named = {"return": values.pop("returns"), **values}
-        for key, inner in (("return", "mean"), ("success", "rate"), ("score", "mean")):
-            e = named[key]
-            named[key] = None if e is None else {inner: e["value"], "ci95": [e["low"], e["high"]]}
-        if named["score"] is not None:
-            named["score"]["kind"] = named["score_kind"]
-        del named["score_kind"]
-        return named
-
-    def save(self, folder: Path) -> Path:
-        """Write `report.json` into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "report.json"
-        path.write_text(json.dumps(self.to_json(), indent=1))
-        return path
-
-    def __str__(self) -> str:
-        """Return the report as a person reads it."""
-        rows = [
-            ("environment", f"{self.env_id} {dict(self.env_kwargs) or ''}"),
-            ("episodes", f"{self.episodes}, seeds {self.seeds[0]} to {self.seeds[1]}"),
-            ("return", str(self.returns)),
-            ("success", f"{self.success}  ({self.success_rule})" if self.success else "not defined for this task"),
-            *([("score", f"{self.score}  ({self.score_kind})")] if self.score else []),
-            ("length", f"{self.length:.1f} steps"),
-            *self._execution_rows(),
-            ("sampler", f"{self.sampler}, {self.nfe} network evaluations on {self.device}"),
-            ("plan", f"p50 {self.plan_ms['p50']:.1f} ms, p99 {self.plan_ms['p99']:.1f} ms at batch 1"),
-        ]
-        return "\n".join(f"  {name:<12} {value}" for name, value in rows)
-
-    def _execution_rows(self) -> list[tuple[str, str]]:
-        if self.execution is None:
-            return []
-        jump = self.execution.jump or "no chunk had a border"
-        return [
-            ("strategy", str(self.execution)),
-            ("jump", f"{jump}  (change of velocity at borders, of the range)"),
-        ]
-
-
 def _where(policy: Policy) -> str:
     """Return the device, and the backend of a compiled plan."""
     backend = getattr(policy.compiled, "backend", None)
@@ -264,7 +136,7 @@ def play_unseen(
     try:
         policy = actor if isinstance(actor, Policy) else policy
         if policy is not None:
-            policy.check_spaces(envs.single_observation_space, envs.single_action_space)
+            check_spaces(policy.spec, envs.single_observation_space, envs.single_action_space)
         return rollout(actor, envs, episodes, seed, on_episode=on_episode)
     finally:
         envs.close()
@@ -342,38 +214,3 @@ def evaluate(
     measure(score, reference, env_id)
     played = play_unseen(actor, env_id, env_kwargs, episodes, seed)
     return summarise(actor, played, {"torch": str(torch.__version__)}, success, score, reference)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Paired difference `b - a` of one number an episode, over the same seeds."""
-
-    name: str
-    a: float
-    b: float
-    difference: Estimate
-
-    def __str__(self) -> str:
-        """Return one line."""
-        decided = "a difference" if self.difference.low > 0 or self.difference.high < 0 else "no decided difference"
-        return f"  {self.name:<8} {self.a:.3f} -> {self.b:.3f}   difference {self.difference}   {decided}"
-
-
-def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Comparison]:
-    """Compare two `report.json` pair by pair: bootstrap interval of the mean difference over the same seeds.
-
-    Raises:
-        DatasetError: if environment, arguments or seeds differ.
-    """
-    for key in ("env_id", "env_kwargs", "seeds"):
-        if a[key] != b[key]:
-            raise DatasetError(f"the reports differ in {key}: {a[key]} and {b[key]}; evaluate both on the same seeds")
-    pairs = {
-        name: np.array([x, b["by_episode"].get(name)], dtype=np.float64)
-        for name, x in a["by_episode"].items()
-        if name in b["by_episode"]
-    }
-    known = {name: pair[:, np.isfinite(pair).all(0)] for name, pair in pairs.items()}
-    return [
-        Comparison(name, float(x.mean()), float(y.mean()), bootstrap(y - x)) for name, (x, y) in known.items() if len(x)
-    ]

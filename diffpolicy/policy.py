@@ -6,26 +6,18 @@
 rollout is a value that the caller holds, so one policy serves many environments, and starting one of them over
 touches no other. The noise of a plan is drawn from (seed, episode, plan), where episodes are numbered over all
 environments in turn: a rollout of the same episodes gives the same actions with any number of environments.
-
-A saved policy is a folder with `policy.json` (format number, sizes, parts) and `policy.safetensors` (weights,
-normalizer). Loading executes nothing.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffpolicy import guides
-from diffpolicy.data.files import write_atomically
+from diffpolicy import saved
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.denoiser import Denoiser, NetworkDenoiser
@@ -33,26 +25,18 @@ from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.diffusion.sampler import Sample
 from diffpolicy.diffusion.selection import BestOf
 from diffpolicy.errors import PolicyError
-from diffpolicy.guides import Guidance, ValueGuidance
+from diffpolicy.guides import Guidance
+from diffpolicy.observations import Obs, name_observations
 from diffpolicy.parts import (
-    CriticConfig,
     DenoiserConfig,
     SamplerConfig,
     Selection,
     SelectionConfig,
-    make_critic,
-    make_denoiser,
-    make_encoder,
-    make_noised_value,
     make_planner,
     make_selector,
     why_not,
 )
 
-FORMAT = 4  # 2: `obs_embed_dim`; 3: `selection`; 4: `guidance`, `told_embed_dim`, `max_delay`, `temperature`
-BOX_NAME = "obs"
-
-Obs = Mapping[str, np.ndarray] | np.ndarray
 Plan = Callable[[Mapping[str, torch.Tensor], torch.Tensor, Prefix | None], torch.Tensor]
 
 
@@ -316,50 +300,18 @@ class Policy(nn.Module):
         )
         return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams], axis=1)
 
-    def check_spaces(self, observation: gymnasium.Space, action: gymnasium.Space) -> None:
-        """Compare the policy's sizes with an environment's spaces.
-
-        Raises:
-            PolicyError: if they differ.
-        """
-        spaces = dict(observation.spaces) if isinstance(observation, gymnasium.spaces.Dict) else {BOX_NAME: observation}
-        for name, shape in self.spec.obs_shapes.items():
-            found = spaces[name].shape if name in spaces else None
-            if found != tuple(shape):
-                raise PolicyError(
-                    f"the environment's observation {name!r} is {found or 'missing'}; the policy was trained on "
-                    f"{shape}: evaluate it in the environment of its dataset"
-                )
-        if action.shape != (self.spec.action_dim,):
-            raise PolicyError(
-                f"the environment takes actions {action}; the policy makes ({self.spec.action_dim},): "
-                "evaluate it in the environment of its dataset"
-            )
-
     def save(self, folder: str | Path) -> Path:
         """Write `policy.json` and `policy.safetensors` into `folder`, each atomically; return the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{part}.{k}": v for part in self._parts for k, v in getattr(self, part).state_dict().items()}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(folder / "policy.safetensors", lambda path: save_file(tensors, path))
+        saved.write_weights(folder, self._modules_saved)
         self.save_description(folder)
         return folder
 
     def save_description(self, folder: Path, **notes: Any) -> None:
         """Write `policy.json` alone, atomically, beside weights that are there; notes are for who reads it."""
-        description = {
-            "format": FORMAT,
-            "spec": self.spec.to_json(),
-            "normalizer": self.normalizer.to_json(),
-            "denoiser": asdict(self.denoiser_config),
-            "sampler": asdict(self.sampler_config),
-            "seed": self.seed,
-            "selection": None if self.selection is None else _described(self.selection),
-            "guidance": guides.describe(self.guidance),
-            **notes,
-        }
-        write_atomically(folder / "policy.json", lambda path: path.write_text(json.dumps(description, indent=1)))
+        made_of = (self.spec, self.normalizer, self.encoder, self.denoiser, self.denoiser_config, self.sampler_config)
+        saved.write_description(folder, (*made_of, self.seed, self.selection, self.guidance), notes)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Policy":
@@ -368,106 +320,12 @@ class Policy(nn.Module):
         Raises:
             PolicyError: if a file is missing, cut short, of a newer format, or not what it should be.
         """
-        folder = Path(folder)
-        description = _read_description(folder / "policy.json")
-        try:
-            spec = Spec.from_json(description["spec"])
-            normalizer = Normalizer(description["normalizer"])
-            denoiser_config = DenoiserConfig(**_tuples(description["denoiser"]))
-            sampler_config = SamplerConfig(**description["sampler"])
-            denoiser = make_denoiser(denoiser_config, spec, normalizer)
-            encoder = make_encoder(denoiser_config, spec, normalizer)
-            guidance = guides.read(description.get("guidance"))
-            noised = denoiser_config if isinstance(guidance, ValueGuidance) else None
-            selection = _selection(description.get("selection"), noised, spec, normalizer)
-            parts = (spec, normalizer, encoder, denoiser, denoiser_config, sampler_config)
-            policy = cls(*parts, description["seed"], selection, guidance)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PolicyError(
-                f"{folder / 'policy.json'} does not describe a policy ({error!r}); save it again"
-            ) from error
-        policy._read_weights(folder / "policy.safetensors")
+        policy = saved.read_description(Path(folder), cls)
+        saved.read_weights(Path(folder), policy._modules_saved)
         return policy.to(device)
 
     @property
-    def _parts(self) -> tuple[str, ...]:
-        """Names of what has weights."""
-        return ("normalizer", "encoder", "denoiser") + (() if self.critic is None else ("critic",))
-
-    def _read_weights(self, path: Path) -> None:
-        try:
-            tensors = load_file(path)
-            for part in self._parts:
-                prefix = f"{part}."
-                state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                getattr(self, part).load_state_dict(state)
-        except FileNotFoundError as error:
-            raise PolicyError(
-                f"there is no {path}; a policy is a folder with policy.json and policy.safetensors"
-            ) from error
-        except (SafetensorError, OSError) as error:
-            raise PolicyError(
-                f"{path} is not a whole safetensors file ({error}); it may be cut short, or a pickle, which is never "
-                "loaded: copy or save it again"
-            ) from error
-        except RuntimeError as error:
-            first = str(error).splitlines()[-1].strip()
-            raise PolicyError(f"{path} does not fit policy.json beside it ({first}); save the policy again") from error
-
-
-def name_observations(spec: Spec, obs: Obs) -> tuple[dict[str, np.ndarray], bool]:
-    """Name, check and batch an observation; also return whether it came as a batch.
-
-    Raises:
-        PolicyError: if a name is missing, a shape differs from the policy's, or a number is not finite.
-    """
-    given = dict(obs) if isinstance(obs, Mapping) else {BOX_NAME: obs}
-    arrays: dict[str, np.ndarray] = {}
-    batched = True
-    for name, shape in spec.obs_shapes.items():
-        if name not in given:
-            raise PolicyError(f"the observation has {sorted(given)}; the policy needs {sorted(spec.obs_shapes)}")
-        array = np.asarray(given[name], dtype=np.float32)
-        batched = array.ndim > len(shape)
-        if array.shape[batched:] != shape:
-            raise PolicyError(
-                f"observation {name!r} has shape {array.shape}; the policy needs {shape} or (N, *{shape})"
-            )
-        if not np.isfinite(array).all():
-            raise PolicyError(
-                f"observation {name!r} holds a number that is not finite; check the sensor or environment"
-            )
-        arrays[name] = array if batched else array[None]
-    return arrays, batched
-
-
-def _described(selection: Selection) -> dict[str, Any]:
-    return {"critic": asdict(selection.critic_config), **asdict(selection.config)}
-
-
-def _selection(
-    values: Mapping[str, Any] | None, noised: DenoiserConfig | None, spec: Spec, normalizer: Normalizer
-) -> Selection | None:
-    """Inverse of `_described`, with fresh weights; None where nothing was saved. `noised`: whose chunks it values."""
-    if values is None:
-        return None
-    made = CriticConfig(**_tuples(values["critic"]))
-    critic = make_noised_value(made, noised, spec, normalizer) if noised else make_critic(made, spec, normalizer)
-    return Selection(critic, made, SelectionConfig(values["samples"], values["temperature"]))
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_text())
-        version = int(description["format"])
-    except FileNotFoundError as error:
-        raise PolicyError(f"there is no policy at {path.parent}: {path.name} is missing; check the path") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PolicyError(f"{path} cannot be read ({error}); save the policy again") from error
-    if version > FORMAT:
-        raise PolicyError(f"{path} has format {version}, this version reads up to {FORMAT}; update diffpolicy")
-    return description
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    def _modules_saved(self) -> dict[str, nn.Module]:
+        """What has weights, by name."""
+        modules = {"normalizer": self.normalizer, "encoder": self.encoder, "denoiser": self.denoiser}
+        return modules if self.critic is None else {**modules, "critic": self.critic}

@@ -19,7 +19,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from diffpolicy.data.environments import make, register
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.errors import MissingExtraError, SpecError
-from diffpolicy.policy import BOX_NAME
+from diffpolicy.observations import BOX_NAME
 
 
 class Actor(Protocol):

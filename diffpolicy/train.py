@@ -14,16 +14,13 @@ has: to look at, the last checkpoint is the result. Those of critics, and of act
 `learning/critics.py`.
 """
 
-import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import gymnasium
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -33,9 +30,10 @@ from diffpolicy import pictures
 from diffpolicy.data.episodes import Episodes, split
 from diffpolicy.data.files import write_atomically
 from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.order import Order, WeightedOrder
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Windows
-from diffpolicy.errors import DatasetError, PolicyError, TrainingError
+from diffpolicy.errors import PolicyError, TrainingError
 from diffpolicy.policy import Policy
 
 Metrics = dict[str, float]
@@ -120,49 +118,6 @@ def resolve_device(name: str) -> torch.device:
     """Return the device named, the first CUDA device for `auto` where there is one."""
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(automatic if name == "auto" else name)
-
-
-class Order:
-    """Which windows make batch `step`: a fresh permutation each epoch, a function of (seed, step) only."""
-
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.epoch, self.permutation = -1, torch.empty(0, dtype=torch.long)
-
-    def __call__(self, step: int) -> torch.Tensor:
-        """Indices `(batch_size,)` of one step; a batch may straddle two epochs."""
-        first = step * self.batch_size
-        parts, taken = [], 0
-        while taken < self.batch_size:
-            epoch, offset = divmod(first + taken, self.n)
-            part = self._shuffled(epoch)[offset : offset + self.batch_size - taken]
-            parts.append(part)
-            taken += len(part)
-        return torch.cat(parts)
-
-    def _shuffled(self, epoch: int) -> torch.Tensor:
-        if epoch != self.epoch:
-            # The CPU generator reads 32 bits of its seed, so the two are mixed within them.
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
-            self.epoch, self.permutation = epoch, torch.randperm(self.n, generator=generator)
-        return self.permutation
-
-
-class WeightedOrder:
-    """Which windows make batch `step`, drawn by their weights: a function of (seed, step) only."""
-
-    def __init__(self, windows: Windows, batch_size: int, seed: int) -> None:
-        assert windows.weight is not None
-        self.first, self.count, self.weight = windows.first.cpu(), windows.count.cpu(), windows.weight.cpu().double()
-        self.upto, self.batch_size, self.seed = (self.weight * self.count).cumsum(0), batch_size, seed
-
-    def __call__(self, step: int) -> torch.Tensor:
-        """Indices `(batch_size,)` of one step."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)
-        u = torch.rand(self.batch_size, generator=generator, dtype=torch.float64) * self.upto[-1]
-        episode = torch.searchsorted(self.upto, u, right=True).clamp(max=len(self.upto) - 1)
-        within = (u - self.upto[episode]) / self.weight[episode] + self.count[episode]
-        return self.first[episode] + within.long().clamp(min=0).minimum(self.count[episode] - 1)
 
 
 def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = None) -> Iterator[tuple[int, Metrics]]:
@@ -340,34 +295,3 @@ def _forget_after(path: Path, step: int) -> None:
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
-
-
-def fingerprint(episodes: Episodes) -> str:
-    """Return a short digest of the dataset: lengths, shapes, and rows spread over every array."""
-    digest = hashlib.sha256(np.asarray(episodes.length, dtype=np.int64).tobytes())
-    for name, array in sorted({**episodes.obs, "action": episodes.action, "reward": episodes.reward}.items()):
-        rows = np.unique(np.linspace(0, len(array) - 1, 4096).astype(np.int64))
-        digest.update(f"{name}{array.shape}".encode() + np.ascontiguousarray(array[rows]).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def check_same_dataset(before: str, now: str) -> None:
-    """Refuse to resume on other data.
-
-    Raises:
-        DatasetError: if the fingerprints differ.
-    """
-    if before != now:
-        raise DatasetError(
-            f"the dataset's fingerprint is {now}, the run began with {before}; resume with the same data"
-        )
-
-
-def versions() -> dict[str, str]:
-    """Return what a result depends on besides the code."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "gymnasium": gymnasium.__version__,
-    }

@@ -6,12 +6,13 @@ import torch
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.order import Order
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 from diffpolicy.nets.unet1d import UNet1d
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.rollout import make_envs, rollout
-from diffpolicy.train import Order, TrainConfig, fit
+from diffpolicy.train import TrainConfig, fit
 from diffpolicy_envs import DetourExpert
 from diffpolicy_envs.detour import START, passes
 

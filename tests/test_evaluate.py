@@ -7,7 +7,8 @@ import pytest
 
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.errors import DiffPolicyError
-from diffpolicy.evaluate import bootstrap, compare, evaluate, outcomes, wilson
+from diffpolicy.evaluate import evaluate, outcomes
+from diffpolicy.report import bootstrap, compare, wilson
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk
 from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import PolicyError
 from diffpolicy.guides import ClassifierFreeGuidance, Guidance, ValueGuidance
+from diffpolicy.observations import check_spaces
 from diffpolicy.parts import (
     MOST_STEPS,
     SAMPLERS,
@@ -262,7 +263,7 @@ def test_policies_of_every_former_format_still_act_as_they_did(folder):
 
 
 def test_there_is_a_fixture_of_the_current_format():
-    from diffpolicy.policy import FORMAT
+    from diffpolicy.saved import FORMAT
 
     assert f"policy_format_{FORMAT}" in [f.name for f in FORMATS]
 
@@ -345,11 +346,11 @@ def test_spaces_of_another_environment_are_refused():
     policy, box = make_policy(), gymnasium.spaces.Box
     action = box(-1, 1, (2,))
     good = gymnasium.spaces.Dict({"pose": box(-1, 1, (3,)), "goal": box(-1, 1, (2,))})
-    policy.check_spaces(good, action)
+    check_spaces(policy.spec, good, action)
     with pytest.raises(PolicyError, match="trained on"):
-        policy.check_spaces(box(-1, 1, (5,)), action)
+        check_spaces(policy.spec, box(-1, 1, (5,)), action)
     with pytest.raises(PolicyError, match="takes actions"):
-        policy.check_spaces(good, box(-1, 1, (3,)))
+        check_spaces(policy.spec, good, box(-1, 1, (3,)))
 
 
 def test_a_policy_is_sampled_only_as_it_was_trained_and_never_in_one_step_of_a_noise_prediction(tmp_path):

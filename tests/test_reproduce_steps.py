@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffpolicy.evaluate import wilson
+from diffpolicy.report import wilson
 
 PATH = Path(__file__).parents[1] / "scripts" / "reproduce" / "steps.py"
 

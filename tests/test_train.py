@@ -10,6 +10,7 @@ from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.compiler import why_no_compiler
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.order import Order
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 from diffpolicy.errors import PolicyError, SpecError, TrainingError
@@ -17,7 +18,7 @@ from diffpolicy.learning.descent import clip_gradient
 from diffpolicy.nets.norm import GroupNormMish
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy
-from diffpolicy.train import Order, TrainConfig, fit, train
+from diffpolicy.train import TrainConfig, fit, train
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TINY = DenoiserConfig(down_dims=(16, 32), kernel_size=3, step_embed_dim=16)

@@ -11,7 +11,6 @@ import torch
 import tyro
 
 from diffpolicy import pictures
-from diffpolicy import train as training
 from diffpolicy.cli.evaluate import EvaluateArgs, task_of
 from diffpolicy.cli.shared import progress_bar
 from diffpolicy.control.compiled import bench as benching
@@ -19,11 +18,13 @@ from diffpolicy.control.compiled.backends import BACKENDS, usable_on
 from diffpolicy.control.compiled.bench import Row
 from diffpolicy.data.files import write_atomically
 from diffpolicy.errors import SpecError
-from diffpolicy.evaluate import Estimate, Report
 from diffpolicy.evaluate import evaluate as play
 from diffpolicy.parts import SAMPLERS, SamplerConfig
 from diffpolicy.policy import Policy
+from diffpolicy.provenance import versions
+from diffpolicy.report import Estimate, Report
 from diffpolicy.tasks import Task
+from diffpolicy.train import resolve_device
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class BenchArgs:
 def bench(argv: Sequence[str]) -> None:
     """Run `diffpolicy bench`."""
     args = tyro.cli(BenchArgs, args=argv, prog="diffpolicy bench")
-    policy = Policy.load(args.run, training.resolve_device(args.device))
+    policy = Policy.load(args.run, resolve_device(args.device))
     backends = args.backends or tuple(usable_on(policy.device.type))
     samplers = args.samplers or tuple(benching.samplers_of(policy))
     _check(args, backends, samplers)
@@ -77,7 +78,7 @@ def bench(argv: Sequence[str]) -> None:
     found = {
         "policy": {"sampler": asdict(policy.sampler_config), "device": str(policy.device), "batch": args.batch_size},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": training.versions(),
+        "versions": versions(),
         "rows": [asdict(row) for row in rows],
         "left_out": [{"sampler": asdict(config), "why": why} for config, why in left_out],
         "scores": [{"sampler": asdict(config), **score} for config, score in scores.items()],

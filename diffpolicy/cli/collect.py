@@ -11,13 +11,14 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
-from diffpolicy import train as training
 from diffpolicy.cli.shared import Flat, progress_bar
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.sources import check_writable, is_hdf5, save
 from diffpolicy.errors import DatasetError, SpecError
-from diffpolicy.evaluate import PARALLEL, bootstrap, outcomes, wilson
-from diffpolicy.policy import BOX_NAME
+from diffpolicy.evaluate import PARALLEL, outcomes
+from diffpolicy.observations import BOX_NAME
+from diffpolicy.provenance import versions
+from diffpolicy.report import bootstrap, wilson
 from diffpolicy.rollout import make_env, rollout
 from diffpolicy.tasks import TASKS, Task, demonstrator, get_task, noisy_envs
 from diffpolicy_envs import (
@@ -113,7 +114,7 @@ def collect(argv: Sequence[str]) -> None:
             )
         episodes = dataclasses.replace(episodes, meta={**episodes.meta, **_period(envs)})
         envs.close()
-    made_by = {**who, "noise": {"std": noise[0], "correlation": noise[1]}, "versions": training.versions()}
+    made_by = {**who, "noise": {"std": noise[0], "correlation": noise[1]}, "versions": versions()}
     episodes = dataclasses.replace(episodes, meta={**episodes.meta, **made_by})
     save(episodes, args.out)
     print(f"{len(episodes)} episodes, {episodes.steps} steps: {args.out}")

@@ -10,7 +10,7 @@ import tyro
 
 from diffpolicy import pictures
 from diffpolicy.errors import PolicyError
-from diffpolicy.evaluate import compare as compare_reports
+from diffpolicy.report import compare as compare_reports
 
 
 @dataclass(frozen=True)

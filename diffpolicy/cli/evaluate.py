@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 import tyro
 
 from diffpolicy import pictures
-from diffpolicy import train as training
 from diffpolicy.cli.late import LateArgs, evaluate_late
 from diffpolicy.cli.shared import Flat, json_object, progress_bar, read_config
 from diffpolicy.control.compiled.plan import compile_plan
@@ -23,8 +22,10 @@ from diffpolicy.errors import PolicyError, SpecError, first_line
 from diffpolicy.evaluate import measure, play_unseen, summarise
 from diffpolicy.parts import SelectionConfig
 from diffpolicy.policy import Policy
+from diffpolicy.provenance import versions
 from diffpolicy.rollout import record
 from diffpolicy.tasks import Task, get_task
+from diffpolicy.train import resolve_device
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def evaluate(argv: Sequence[str]) -> None:
             args.asynchronous,
             on_episode=lambda done: bar.update(row, completed=done),
         )
-    report = summarise(policy, played, training.versions(), task.success, task.score, task.reference)
+    report = summarise(policy, played, versions(), task.success, task.score, task.reference)
     out = args.out or args.run / "eval"
     path = report.save(out)
     pictures.evaluation(report.to_json(), played).savefig(out / "episodes.png", dpi=120)
@@ -146,7 +147,7 @@ def _acting(policy: Policy, args: EvaluateArgs) -> Policy:
 
 def load_policy(run: Path, device: str, sampler: str | None, steps: int | None) -> Policy:
     """Load a policy, under another sampler where one is asked for."""
-    policy = Policy.load(run, training.resolve_device(device))
+    policy = Policy.load(run, resolve_device(device))
     changes = {k: v for k, v in (("sampler", sampler), ("steps", steps)) if v is not None}
     return policy.with_sampler(dataclasses.replace(policy.sampler_config, **changes)) if changes else policy
 

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from diffpolicy import pictures
-from diffpolicy import train as training
 from diffpolicy.cli.shared import progress_bar
 from diffpolicy.control import delays
 from diffpolicy.control.delays import Borders, Trial, World
 from diffpolicy.control.strategies import Bidirectional, Strategy
 from diffpolicy.data.files import write_atomically
 from diffpolicy.errors import SpecError
-from diffpolicy.evaluate import Report
 from diffpolicy.policy import Policy
+from diffpolicy.provenance import versions
+from diffpolicy.report import Report
 from diffpolicy.rollout import make_env
 from diffpolicy.tables import get_strategy
+from diffpolicy.train import resolve_device
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def evaluate_late(policy: Policy, args: LateArgs, world: World, out: Path, devic
 def _trials(policy: Policy, args: LateArgs, world: World, device: str) -> list[Trial]:
     if args.real_time and args.delay:
         raise SpecError("--real-time measures what --delay gives; choose one")
-    weak = None if args.weak is None else Policy.load(args.weak, training.resolve_device(device))
+    weak = None if args.weak is None else Policy.load(args.weak, resolve_device(device))
     strategies = {name: _with_weak(get_strategy(name), weak) for name in args.strategy or ("synchronous",)}
     if args.real_time:
         rate = args.rate_hz or _rate_hz(policy, world)
@@ -98,9 +99,7 @@ def _play(policy: Policy, trial: Trial, world: World) -> Report:
     with progress_bar() as bar:
         late = "real time" if trial.rate_hz else f"delay {trial.delay}"
         row = bar.add_task(f"{trial.name}, {late}", total=world.episodes)
-        report, _ = delays.evaluate_late(
-            policy, trial, world, training.versions(), lambda done: bar.update(row, completed=done)
-        )
+        report, _ = delays.evaluate_late(policy, trial, world, versions(), lambda done: bar.update(row, completed=done))
     return report
 
 

@@ -17,6 +17,7 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.errors import PolicyError, SpecError
 from diffpolicy.evaluate import play_unseen
 from diffpolicy.policy import Policy
+from diffpolicy.provenance import check_same_dataset, fingerprint, versions
 from diffpolicy.tables import get_algorithm, make_agent, settings_for, straightened
 from diffpolicy.tasks import Preset, Task, get_task, prepare
 from diffpolicy.train import TrainConfig
@@ -71,15 +72,15 @@ def train(argv: Sequence[str]) -> None:
     device = training.resolve_device(args.train.device)
     kinds = task.kinds if task else {}
     agent = make_agent(args.agent, args.settings, spec, episodes, kinds, args.train, device)
-    data = training.fingerprint(episodes)
+    data = fingerprint(episodes)
     if args.resume:
-        training.check_same_dataset(read_config(args.out)["dataset_fingerprint"], data)
+        check_same_dataset(read_config(args.out)["dataset_fingerprint"], data)
     description = {
         "arguments": _to_json(args),
         "dataset_fingerprint": data,
         "dataset": {"episodes": len(episodes), "steps": episodes.steps, **episodes.meta},
         "parameters": sum(p.numel() for p in agent.model.parameters()),
-        "versions": training.versions(),
+        "versions": versions(),
     }
     with progress_bar() as bar:
         row = bar.add_task("training", total=args.train.steps)

@@ -21,7 +21,8 @@ from diffpolicy.control.loop import RECENT_DELAYS
 from diffpolicy.control.plans import Ask, plan_chunks
 from diffpolicy.control.strategies import Chunk, Strategy, Synchronous, check_delay, reach
 from diffpolicy.errors import ControlError
-from diffpolicy.policy import Obs, Policy, name_observations
+from diffpolicy.observations import Obs, name_observations
+from diffpolicy.policy import Policy
 
 Listener = Callable[[int, int, int, int], object]
 

@@ -21,8 +21,9 @@ from diffpolicy.control.strategies import Strategy
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.scores import Reference
 from diffpolicy.errors import SpecError
-from diffpolicy.evaluate import Execution, Report, play_unseen, summarise
+from diffpolicy.evaluate import play_unseen, summarise
 from diffpolicy.policy import Policy
+from diffpolicy.report import Execution, Report
 
 
 @dataclass

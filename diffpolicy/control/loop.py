@@ -17,7 +17,7 @@ from diffpolicy.control.limits import Limiter, Limits
 from diffpolicy.control.plans import Ask, plan_chunks
 from diffpolicy.control.report import Counts, Range, Report
 from diffpolicy.control.strategies import Chunk, reach
-from diffpolicy.policy import Obs, name_observations
+from diffpolicy.observations import Obs, name_observations
 
 if TYPE_CHECKING:
     from diffpolicy.control.runner import Runner

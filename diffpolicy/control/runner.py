@@ -24,7 +24,7 @@ from diffpolicy.control.loop import Loop, Safety, Stamped
 from diffpolicy.control.report import Report
 from diffpolicy.control.strategies import Planner, Strategy, Synchronous, check_delay
 from diffpolicy.errors import ControlError
-from diffpolicy.policy import Obs
+from diffpolicy.observations import Obs
 
 
 @dataclass(frozen=True)

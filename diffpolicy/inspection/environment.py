@@ -12,7 +12,7 @@ import numpy as np
 from diffpolicy.errors import first_line
 from diffpolicy.inspection.findings import Evidence, Finding, Severity, Surroundings
 from diffpolicy.inspection.ranges import readable
-from diffpolicy.policy import BOX_NAME
+from diffpolicy.observations import BOX_NAME
 from diffpolicy.rollout import make_env
 
 

@@ -32,11 +32,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import diffpolicy as dp
 from diffpolicy.data.episodes import split
+from diffpolicy.data.order import Order
 from diffpolicy.data.sources import convert
 from diffpolicy.data.sources.reading import Wanted
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
-from diffpolicy.train import Order
 
 LENGTH, OBS, ACTION = 1000, 17, 6
 TP, TO, TA = 16, 2, 8

@@ -25,9 +25,9 @@ from diffpolicy.agents.idql import Idql, IdqlConfig
 from diffpolicy.agents.qc import Qc, QcConfig
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.order import Order
 from diffpolicy.data.spec import Spec
 from diffpolicy.parts import DenoiserConfig
-from diffpolicy.train import Order
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, OBS, ACTION, BATCH = 100_000, 11, 3, 256

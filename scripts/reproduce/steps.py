@@ -29,10 +29,11 @@ import torch
 from matplotlib.axes import Axes
 
 from diffpolicy.data.files import write_atomically
-from diffpolicy.evaluate import Comparison, compare, evaluate
+from diffpolicy.evaluate import evaluate
 from diffpolicy.parts import SamplerConfig, why_not
 from diffpolicy.pictures import estimates
 from diffpolicy.policy import Policy
+from diffpolicy.report import Comparison, compare
 from diffpolicy.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results"

@@ -9,13 +9,13 @@ import pytest
 
 from diffpolicy.data import store
 from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.data.order import WeightedOrder
 from diffpolicy.data.sources import convert, load, save
 from diffpolicy.data.sources.mixing import Part, split_mixture
 from diffpolicy.data.sources.reading import Wanted
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 from diffpolicy.errors import DatasetError
-from diffpolicy.train import WeightedOrder
 
 
 def make_episodes(lengths: tuple[int, ...] = (3, 1, 4), seed: int = 0, obs_dim: int = 2) -> Episodes:

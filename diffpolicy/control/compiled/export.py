@@ -21,7 +21,7 @@ from diffpolicy.control.compiled.plan import example, share_of_range
 from diffpolicy.errors import PolicyError
 from diffpolicy.parts import SamplerConfig
 from diffpolicy.policy import Policy
-from diffpolicy.train import versions
+from diffpolicy.provenance import versions
 
 VERSION = 1
 LIMIT = 1e-4

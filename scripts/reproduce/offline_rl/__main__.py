@@ -28,6 +28,7 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.errors import PolicyError
 from diffpolicy.evaluate import play_unseen
 from diffpolicy.policy import Policy
+from diffpolicy.provenance import fingerprint, versions
 from diffpolicy.tables import make_agent
 from diffpolicy.tasks import Task
 from diffpolicy.train import TrainConfig
@@ -129,8 +130,7 @@ def arguments(job: Job) -> dict[str, Any]:
 
 def described(job: Job, episodes: Episodes) -> dict[str, Any]:
     """Return what made a run."""
-    data, versions = training.fingerprint(episodes), training.versions()
-    return {"arguments": arguments(job), "dataset_fingerprint": data, "versions": versions}
+    return {"arguments": arguments(job), "dataset_fingerprint": fingerprint(episodes), "versions": versions()}
 
 
 def run(job: Job, args: Args) -> Run:
@@ -149,7 +149,7 @@ def run(job: Job, args: Args) -> Run:
         steps=job.train.steps,
         first_episode_seed=first,
         settings=arguments(job),
-        versions=training.versions(),
+        versions=versions(),
     )
 
 
