@@ -23,6 +23,7 @@ from diffpolicy.nets.encoder import TOLD
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy
 
+MOST_PREFERENCE = 100.0
 UNET = DenoiserConfig(down_dims=(128, 512, 1024), step_embed_dim=128, told_embed_dim=128)
 
 
@@ -44,10 +45,15 @@ class DecisionDiffuserConfig(ImitationConfig):
     """Tell the return of the whole episode at each of its steps, not what follows the step: where several agents made
     the data, it says which of them acted, and one goal is right in every state. All recorded rewards count alike: there
     is no discount, and `info["mask"]` ends nothing."""
+    preference: float = 0.0
+    """How much more often windows of good episodes are drawn: in proportion to exp(preference R), R of the whole
+    episode (the return weighting of Hong et al. 2023, who use 10); 0 draws all alike."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.dropout < 1 and 0 <= self.gamma <= 1):
             raise SpecError(f"got dropout {self.dropout} and gamma {self.gamma}; wanted them in [0, 1), [0, 1]")
+        if not 0 <= self.preference <= MOST_PREFERENCE:
+            raise SpecError(f"got a preference of {self.preference}; wanted 0 for all alike, to {MOST_PREFERENCE}")
 
 
 class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
@@ -58,12 +64,12 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
     ) -> Windows:
         """Return windows whose reward is R, normalised over all episodes, those not chosen included."""
         if self.config.whole_episode:
-            returns = np.repeat(episodes.returns, np.asarray(episodes.length, dtype=np.int64))
+            told = np.repeat(rewards.in_unit(episodes.returns), np.asarray(episodes.length, dtype=np.int64))
         else:
-            returns = rewards.returns_to_go(episodes, self.config.gamma)
-        low, width = returns.min(), max(float(np.ptp(returns)), 1e-8)
-        told = replace(episodes, reward=((returns - low) / width).astype(np.float32))
-        return Windows(told, self.spec, device=device, require_next=True, only=only, n_step=1)
+            told = rewards.in_unit(rewards.returns_to_go(episodes, self.config.gamma))
+        drawn = rewards.preferred(episodes, self.config.preference) if self.config.preference > 0 else episodes
+        told_of = replace(drawn, reward=told.astype(np.float32))
+        return Windows(told_of, self.spec, device=device, require_next=True, only=only, n_step=1)
 
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """L: the imitation loss with R, or without it where it is left out by chance."""
@@ -78,7 +84,7 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
         return Policy(*parts, self.seed, guidance=config.guidance)
 
 
-# Differences from the original (anuragajay/decision-diffuser), all but `whole_episode`, which is not in it:
+# Differences from the original (anuragajay/decision-diffuser); `whole_episode` and `preference` are not in it:
 #   1. chunks of actions are diffused, conditioned on recent observations; the original diffuses states alone, puts the
 #      current one in, and finds actions between two of them with an inverse model;
 #   2. the return is normalised by the smallest and largest of the data, not divided by a number chosen for each set,

@@ -66,3 +66,17 @@ def returns_to_go(episodes: Episodes, gamma: float) -> np.ndarray:
         ahead[here] = reward[rows] + onward[rows] * ahead[here]
         found[rows] = ahead[here]
     return found
+
+
+def in_unit(returns: np.ndarray) -> np.ndarray:
+    """Scale returns so that the lowest is 0 and the highest 1; all 0 where they are alike."""
+    return (returns - returns.min()) / max(float(np.ptp(returns)), 1e-8)
+
+
+def preferred(episodes: Episodes, strength: float) -> Episodes:
+    """Have training draw windows in proportion to exp(strength R), R in [0, 1] the return of their episode.
+
+    The return weighting of Hong et al. (2023), where strength is 1/alpha; weights that are there count as well.
+    """
+    weight = np.exp(strength * (in_unit(episodes.returns) - 1))
+    return replace(episodes, weight=weight if episodes.weight is None else weight * np.asarray(episodes.weight))

@@ -12,6 +12,7 @@ from worlds import bandit, chain
 from diffpolicy.agents.cfgrl import Cfgrl
 from diffpolicy.agents.diffuser import ValuedImitator
 from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.data.order import WeightedOrder
 from diffpolicy.data.windows import Batch
 from diffpolicy.diffusion.exact import Mixture
 from diffpolicy.errors import PolicyError, SpecError
@@ -102,6 +103,23 @@ def test_told_of_whole_episodes_each_step_of_decision_diffuser_has_the_return_of
     agent = make("decision-diffuser", episodes, 1, whole_episode=True)
     told = agent.windows(episodes).gather(torch.arange(9)).reward
     assert told.tolist() == pytest.approx([0.0] * 3 + [0.4] * 2 + [1.0] * 4)
+
+
+def test_decision_diffuser_draws_windows_in_proportion_to_the_exponential_of_its_preference():
+    rewards = [[0.0, 0], [0.0, 5], [4.0, 6]]
+    episodes = from_list(
+        [Episode({"obs": np.zeros((3, 1))}, np.ones((2, 1)), np.array(r), True, False) for r in rewards]
+    )
+    agent = make("decision-diffuser", episodes, 1, preference=2.0, whole_episode=True)
+    windows = agent.windows(episodes)
+    drawn = np.concatenate([WeightedOrder(windows, 1000, seed=0)(step).numpy() // 2 for step in range(40)])
+    expected = np.exp([0.0, 1.0, 2.0]) / np.exp([0.0, 1.0, 2.0]).sum()
+    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), expected, atol=0.01)  # its deviation is 0.0025
+    assert windows.gather(torch.arange(6)).reward.tolist() == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+    shares = agent.windows(replace(episodes, weight=np.array([0.0, 1.0, 3.0]))).weight.numpy()
+    np.testing.assert_allclose(shares / shares[1], [0.0, 1.0, 3 * np.e])  # what was asked of the data still counts
+    with pytest.raises(SpecError, match="preference of -1"):
+        make("decision-diffuser", episodes, 1, preference=-1.0)
 
 
 def test_the_value_of_noised_chunks_is_the_expected_return_of_the_bandit_given_the_noised_action():
