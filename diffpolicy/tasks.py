@@ -64,8 +64,9 @@ LOCOMOTION: dict[str, Any] = {
         TOLD,
         SamplerConfig("ddim", 10, temperature=0.0),
         **TRAINING,
-        guidance=ClassifierFreeGuidance(weight=2.0, goal=0.8),
+        guidance=ClassifierFreeGuidance(weight=1.2, goal=0.95),
         whole_episode=True,
+        preference=10.0,
     ),
 }
 
