@@ -320,7 +320,7 @@ class Policy(nn.Module):
         Raises:
             PolicyError: if a file is missing, cut short, of a newer format, or not what it should be.
         """
-        policy = saved.read_description(Path(folder), cls)
+        policy = saved.read_policy(Path(folder), cls)
         saved.read_weights(Path(folder), policy._modules_saved)
         return policy.to(device)
 

@@ -1,7 +1,9 @@
-"""A saved policy: a folder of two files, each written atomically. Loading executes nothing.
+"""A saved policy: a folder of two files.
 
-policy.json          format number, sizes, parts, sampler, what chooses and what guides
-policy.safetensors   weights and the normalizer
+    policy.json          format number, sizes, parts, sampler, seed, what chooses and what guides, notes
+    policy.safetensors   weights and the normalizer
+
+Each is written atomically. Loading executes nothing.
 """
 
 import json
@@ -36,13 +38,13 @@ from diffpolicy.parts import (
 FORMAT = 4  # 2: `obs_embed_dim`; 3: `selection`; 4: `guidance`, `told_embed_dim`, `max_delay`, `temperature`
 
 Made = TypeVar("Made")
-Parts = tuple[
+Contents = tuple[
     Spec, Normalizer, nn.Module, NetworkDenoiser, DenoiserConfig, SamplerConfig, int, Selection | None, Guidance | None
 ]
 """What a `Policy` is made of, in the order of its arguments."""
 
 
-def write_description(folder: Path, parts: Parts, notes: Mapping[str, Any]) -> None:
+def write_description(folder: Path, parts: Contents, notes: Mapping[str, Any]) -> None:
     """Write `policy.json` alone, beside weights that are there; notes are for who reads it."""
     spec, normalizer, _, _, denoiser, sampler, seed, selection, guidance = parts
     description = {
@@ -59,7 +61,7 @@ def write_description(folder: Path, parts: Parts, notes: Mapping[str, Any]) -> N
     write_atomically(folder / "policy.json", lambda path: path.write_text(json.dumps(description, indent=1)))
 
 
-def read_description(folder: Path, make: Callable[..., Made]) -> Made:
+def read_policy(folder: Path, make: Callable[..., Made]) -> Made:
     """Return what `make`, a policy's constructor, makes of `policy.json`, with fresh weights.
 
     Raises:

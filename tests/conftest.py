@@ -1,9 +1,7 @@
 """What several test files share."""
 
-import gc
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +10,6 @@ from hypothesis import settings
 # The same examples each time: a red check is then a change, not luck.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
-
-
-@pytest.fixture(scope="module")
-def no_collection() -> Iterator[None]:
-    """No garbage is collected while a module runs, so none in the thread in which zarr reads.
-
-    There the end of an HDF5 object left by another test waits for h5py's lock, and once waited for good.
-    """
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.fixture(scope="session")

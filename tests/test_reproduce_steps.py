@@ -44,6 +44,9 @@ def test_undefined_combinations_are_not_played_and_those_of_the_claims_come_firs
     assert {cell.k for cell in cells if cell.objective == "mip"} == {1, 2}
     episodes = {cell.k: (cell.episodes(300), cell.episodes(40)) for cell in cells}
     assert episodes == {20: (100, 40), 100: (50, 40)} | dict.fromkeys((1, 2, 3, 5, 10), (300, 40))
+    long, dear = (next(cell for cell in cells if cell.k == k) for k in (10, 100))
+    assert [long.counts({"episodes": n}, 300) for n in (299, 300, 301)] == [False, True, False]
+    assert [dear.counts({"episodes": n}, 300) for n in (49, 50, 100, 300, 301)] == [False, True, True, True, False]
 
 
 def test_the_table_of_known_reports_has_their_rates_and_paired_differences_and_is_drawn(steps, tmp_path, capsys):
@@ -69,5 +72,6 @@ def test_the_table_of_known_reports_has_their_rates_and_paired_differences_and_i
     assert found["cells"][0]["succeeded"] == "0110" * 10
     assert (tmp_path / "out" / "steps.png").stat().st_size > 10_000
     assert "| flow | euler |  |  |  |  | 0.75 [0.60, 0.86] |  |  |" in capsys.readouterr().out
-    steps.summarise(tmp_path, 300, tmp_path / "none")  # shorter cells do not count
+    for other in (20, 300):  # neither longer nor shorter cells count
+        steps.summarise(tmp_path, other, tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -46,14 +46,17 @@ class DecisionDiffuserConfig(ImitationConfig):
     the data, it says which of them acted, and one goal is right in every state. All recorded rewards count alike: there
     is no discount, and `info["mask"]` ends nothing."""
     preference: float = 0.0
-    """How much more often windows of good episodes are drawn: in proportion to exp(preference R), R of the whole
-    episode (the return weighting of Hong et al. 2023, who use 10); 0 draws all alike."""
+    """How much more often windows of good episodes are drawn, beside a mixture's shares: in proportion to
+    exp(preference R), R of the whole episode without discount (the trajectory weighting of Hong et al. 2023; 10 with
+    IQL, 5 with CQL); 0 draws all alike. At guidance weight 0 the policy imitates what was drawn."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.dropout < 1 and 0 <= self.gamma <= 1):
             raise SpecError(f"got dropout {self.dropout} and gamma {self.gamma}; wanted them in [0, 1), [0, 1]")
         if not 0 <= self.preference <= MOST_PREFERENCE:
-            raise SpecError(f"got a preference of {self.preference}; wanted 0 for all alike, to {MOST_PREFERENCE}")
+            raise SpecError(
+                f"got a preference of {self.preference}; wanted a number from 0 (all alike) to {MOST_PREFERENCE:g}"
+            )
 
 
 class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
@@ -62,14 +65,14 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
     def windows(
         self, episodes: Episodes, device: str | torch.device = "cpu", only: np.ndarray | None = None
     ) -> Windows:
-        """Return windows whose reward is R, normalised over all episodes, those not chosen included."""
+        """Return windows whose reward is R, normalised over all episodes, those not chosen included, and weights."""
         if self.config.whole_episode:
             told = np.repeat(rewards.in_unit(episodes.returns), np.asarray(episodes.length, dtype=np.int64))
         else:
             told = rewards.in_unit(rewards.returns_to_go(episodes, self.config.gamma))
-        drawn = rewards.preferred(episodes, self.config.preference) if self.config.preference > 0 else episodes
-        told_of = replace(drawn, reward=told.astype(np.float32))
-        return Windows(told_of, self.spec, device=device, require_next=True, only=only, n_step=1)
+        weighted = rewards.preferred(episodes, self.config.preference) if self.config.preference > 0 else episodes
+        relabelled = replace(weighted, reward=told.astype(np.float32))
+        return Windows(relabelled, self.spec, device=device, require_next=True, only=only, n_step=1)
 
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """L: the imitation loss with R, or without it where it is left out by chance."""
@@ -84,7 +87,7 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
         return Policy(*parts, self.seed, guidance=config.guidance)
 
 
-# Differences from the original (anuragajay/decision-diffuser); `whole_episode` and `preference` are not in it:
+# The original (anuragajay/decision-diffuser) has neither `whole_episode` nor `preference`. The other differences:
 #   1. chunks of actions are diffused, conditioned on recent observations; the original diffuses states alone, puts the
 #      current one in, and finds actions between two of them with an inverse model;
 #   2. the return is normalised by the smallest and largest of the data, not divided by a number chosen for each set,

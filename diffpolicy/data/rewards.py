@@ -76,7 +76,8 @@ def in_unit(returns: np.ndarray) -> np.ndarray:
 def preferred(episodes: Episodes, strength: float) -> Episodes:
     """Have training draw windows in proportion to exp(strength R), R in [0, 1] the return of their episode.
 
-    The return weighting of Hong et al. (2023), where strength is 1/alpha; weights that are there count as well.
+    The trajectory weighting of Hong et al. (2023, arXiv 2306.13085), where strength is 1/alpha; weights that are there
+    count as well.
     """
     weight = np.exp(strength * (in_unit(episodes.returns) - 1))
     return replace(episodes, weight=weight if episodes.weight is None else weight * np.asarray(episodes.weight))

@@ -1,1 +1,1 @@
-"""What agents share: the models that learn, their losses and optimizers; an agent adds its own losses."""
+"""What agents share: the models that learn, how they descend, critics; an agent adds what is its paper's."""

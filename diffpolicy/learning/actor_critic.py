@@ -171,7 +171,7 @@ class ActorCritic(ABC, Generic[C]):
         return float(self.imitator.ema.module.loss(batch, generator))
 
     def hindsight(self, played: Episodes, data: Episodes, every: int) -> dict[str, float]:
-        """Compare the critics' values of episodes with what followed (`critics.py` has the names).
+        """Compare the critics' values of episodes with what followed (`learning/critics.py` has the names).
 
         Args:
             played: physical units, by whomever.
@@ -187,7 +187,7 @@ class ActorCritic(ABC, Generic[C]):
 
     @torch.no_grad()
     def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float | torch.Tensor]:
-        """Describe the critics on an encoded batch (`critics.py` has the names), with noise from `seed`."""
+        """Describe the critics on an encoded batch (`learning/critics.py` has the names), with noise from `seed`."""
         policy = self.policy()
         generator = torch.Generator(self.device).manual_seed(seed)
         shape = (policy.planner.draws, len(batch.action), self.spec.horizon, self.spec.action_dim)

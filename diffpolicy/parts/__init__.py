@@ -1,4 +1,4 @@
-"""From names to objects: schedules, predictions, samplers, networks. The only place of the library that knows names.
+"""From names to objects: denoisers, samplers, critics, rewards. The only place of the library that knows names.
 
 `Policy.load` reads it to rebuild what a policy file describes; configurations are plain frozen dataclasses.
 """

@@ -14,8 +14,6 @@ from diffpolicy.data.sources import load, save
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 
-pytestmark = pytest.mark.usefixtures("no_collection")
-
 LENGTHS = (4, 2, 5)
 
 

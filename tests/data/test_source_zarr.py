@@ -18,8 +18,6 @@ from diffpolicy.errors import DatasetError, MissingExtraError
 
 zarr = pytest.importorskip("zarr", reason="the package zarr is not installed; pip install 'diffpolicy[zarr]'")
 
-pytestmark = pytest.mark.usefixtures("no_collection")
-
 ENDS = np.array([3, 7])
 
 
