@@ -236,7 +236,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(found), figsize=(6.2 * len(found), 4.6), squeeze=False, layout="constrained")
     for axis, rows in zip(axes[0], found.values(), strict=True):
         _panel(axis, rows)
-    axes[0][-1].legend(fontsize=7, loc="lower right")
+    figure.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -255,8 +255,8 @@ def _panel(axis: Axes, rows: dict[str, Any]) -> None:
         label = objective if len(OBJECTIVES[objective].samplers) == 1 else f"{objective}, {sampler}"
         estimates(axis, [c["K"] * 1.02**i for c in line], values, label=label, **style)  # side by side
     axis.set(xscale="log", xticks=K, xticklabels=K, xlabel="network evaluations of one chunk, K", ylim=(-0.03, 1.03))
-    axis.set(title=f"{rows['env_id']}, {rows['steps']} steps of training")
-    axis.set(ylabel=f"success of {_lengths(rows['cells'])}, 95 %")
+    axis.set(title=f"{rows['env_id']}, {rows['steps']} steps of training\n{_lengths(rows['cells'])}")
+    axis.set(ylabel="success, 95 %")
     axis.minorticks_off()
     axis.grid(alpha=0.3)
 
