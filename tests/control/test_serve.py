@@ -403,7 +403,7 @@ def test_a_robot_without_torch_gets_the_same_actions(policy: Policy):
     for _ in range(10):
         action, state = mine.predict(obs, state)
         wanted.append(" ".join(float(a).hex() for a in action))
-    assert done.stdout.splitlines() == [*wanted, "none of gymnasium"]
+    assert done.stdout.splitlines() in [[*wanted, f"none of {first}"] for first in ("torch", "gymnasium")]
 
 
 def test_the_command_serves_tells_its_health_and_stops_at_sigterm():
