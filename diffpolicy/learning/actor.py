@@ -9,7 +9,7 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Obs
 from diffpolicy.diffusion.sampler import Sample
-from diffpolicy.learning.descent import clip_gradient, warmup_cosine
+from diffpolicy.learning.descent import descend, warmup_cosine
 from diffpolicy.learning.imitator import Imitator
 from diffpolicy.nets.ema import Ema
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, make_planner
@@ -84,15 +84,8 @@ class Actor:
     def descend(self, loss: torch.Tensor) -> torch.Tensor:
         """Take one optimizer step on `loss` and move the average; return the gradient's norm before clipping."""
         rate = warmup_cosine(self.updates, self.steps, self.config.learning_rate, self.config.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = clip_gradient(self.model, self.config.grad_clip)
-        self.optimizer.step()
-        self.ema.update(self.model)
         self.updates += 1
-        return norm
+        return descend(loss, self.model, self.optimizer, self.ema, rate, self.config.grad_clip)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that continuing needs."""

@@ -1,4 +1,4 @@
-"""How weights descend: the learning rate of a step, the length of a gradient, a compiled network."""
+"""How weights descend: one step, its learning rate, the length of its gradient, a compiled network."""
 
 import math
 
@@ -7,6 +7,7 @@ from torch import nn
 
 from diffpolicy.compiler import why_no_compiler
 from diffpolicy.errors import SpecError
+from diffpolicy.nets.ema import Ema
 from diffpolicy.nets.norm import fuse_norms
 
 
@@ -17,6 +18,20 @@ def warmup_cosine(step: int, steps: int, peak: float, warmup_steps: int) -> floa
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(steps - warmup, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def descend(
+    loss: torch.Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, rate: float, limit: float
+) -> torch.Tensor:
+    """Take one step on `loss` at a learning rate and move the average; return the gradient's norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = clip_gradient(model, limit)
+    optimizer.step()
+    ema.update(model)
+    return norm
 
 
 def clip_gradient(module: nn.Module, limit: float) -> torch.Tensor:

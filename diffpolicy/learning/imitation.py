@@ -12,7 +12,7 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import SpecError
-from diffpolicy.learning.descent import clip_gradient, compile_training, warmup_cosine
+from diffpolicy.learning.descent import compile_training, descend, warmup_cosine
 from diffpolicy.learning.imitator import Imitator
 from diffpolicy.nets.ema import Ema
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, why_not
@@ -117,14 +117,8 @@ class Imitation(ABC, Generic[C]):
     def update(self, batch: Batch) -> dict[str, torch.Tensor | float]:
         """Take one optimizer step on an encoded batch; `loss`, `grad_norm` and `learning_rate`, still on the device."""
         rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         loss = self.loss(self.model, batch, self.generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = clip_gradient(self.model, self.config.grad_clip)
-        self.optimizer.step()
-        self.ema.update(self.model)
+        norm = descend(loss, self.model, self.optimizer, self.ema, rate, self.config.grad_clip)
         self.step += 1
         return {"loss": loss.detach(), "grad_norm": norm, "learning_rate": rate}
 

@@ -6,8 +6,8 @@
     results/steps.json steps.png         all of it
 
 `scripts/reproduce/steps` makes the environment and runs this. Runs of a task differ in the objective alone: the same
-network, data, batches, steps and seed; the distilled one is a student of `flow`, trained further. Cells of
-many evaluations are played on the first of the seeds. What is there already is not done again, so it can be stopped.
+network, data, batches, steps and seed; the distilled one is a student of `flow`, trained further. Cells of many
+evaluations are played on the first of the seeds. What is there already is not done again, so it can be stopped.
 """
 
 import argparse
