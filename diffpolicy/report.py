@@ -25,9 +25,14 @@ class Estimate:
     low: float
     high: float
 
+    def __format__(self, number: str) -> str:
+        """Return `value [low, high]`, each number in the format given, `.3f` if none is."""
+        value, low, high = (format(x, number or ".3f") for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
     def __str__(self) -> str:
-        """Return `value [low, high]`."""
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        """Return `value [low, high]` to three decimals."""
+        return f"{self}"
 
 
 def wilson(successes: int, n: int) -> Estimate:

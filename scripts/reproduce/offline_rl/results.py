@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from diffpolicy.report import Estimate
+
 RESAMPLES = 5000
 EVALUATION_SEED = 100_000
 SEEDS_APART = 1000
@@ -73,19 +75,6 @@ def tabulate(runs: Sequence[Run]) -> dict[str, dict[str, np.ndarray]]:
     return table
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Return `value [low, high]`."""
-        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-
 def mean_of_datasets(runs: Sequence[np.ndarray]) -> np.ndarray:
     """Mean over datasets of the mean over seeds, of one `(B, seeds)` a dataset: `(B,)`."""
     return np.mean([run.mean(1) for run in runs], axis=0)
@@ -98,12 +87,12 @@ def interquartile_mean(runs: Sequence[np.ndarray]) -> np.ndarray:
     return ordered[:, cut : ordered.shape[1] - cut].mean(1)
 
 
-def estimate(scores: Sequence[np.ndarray], statistic: Statistic = mean_of_datasets) -> Interval:
+def estimate(scores: Sequence[np.ndarray], statistic: Statistic = mean_of_datasets) -> Estimate:
     """Return a statistic of datasets' scores `(seeds, episodes)` with its interval."""
     rng = np.random.default_rng(0)
     value = float(statistic([s.mean(1)[None] for s in scores])[0])
     low, high = np.percentile(statistic([_resampled(s, rng) for s in scores]), [2.5, 97.5])
-    return Interval(value, float(low), float(high))
+    return Estimate(value, float(low), float(high))
 
 
 def _resampled(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -114,7 +103,7 @@ def _resampled(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return scores[seed, episode].mean(-1)
 
 
-def difference(table: Table, agent: str, other: str, datasets: Sequence[str]) -> Interval | None:
+def difference(table: Table, agent: str, other: str, datasets: Sequence[str]) -> Estimate | None:
     """Return by how much an agent is ahead of another, paired by seeds; None where either lacks a dataset."""
     if not all(dataset in table.get(a, {}) for a in (agent, other) for dataset in datasets):
         return None

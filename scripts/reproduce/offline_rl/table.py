@@ -31,6 +31,8 @@ from results import (
     tabulate,
 )
 
+from diffpolicy.report import Estimate
+
 QUALITIES = ("mixed", "medium", "expert")
 IMITATION = "bc"
 PEERS = ("d3rlpy-iql", "d3rlpy-td3+bc")
@@ -72,7 +74,7 @@ def differences(table: Table) -> str:
     if not columns:
         return ""
     rows = [["ahead of", *columns]]
-    rows += [[agent, *(str(gaps.get(agent) or "") for gaps in columns.values())] for agent in table]
+    rows += [[agent, *(_interval(gaps.get(agent)) for gaps in columns.values())] for agent in table]
     return _lines(rows)
 
 
@@ -114,7 +116,11 @@ def _mean(own: Mapping[str, np.ndarray], dataset: str) -> str:
 
 def _average(own: Mapping[str, np.ndarray], datasets: Sequence[str], statistic: Statistic = mean_of_datasets) -> str:
     complete = all(dataset in own for dataset in datasets)
-    return str(estimate([own[dataset] for dataset in datasets], statistic)) if complete else ""
+    return _interval(estimate([own[dataset] for dataset in datasets], statistic) if complete else None)
+
+
+def _interval(found: Estimate | None) -> str:
+    return "" if found is None else f"{found:.1f}"
 
 
 def _number(value: float | None) -> str:
