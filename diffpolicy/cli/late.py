@@ -19,7 +19,7 @@ from diffpolicy.data.files import write_atomically
 from diffpolicy.errors import SpecError
 from diffpolicy.policy import Policy
 from diffpolicy.provenance import versions
-from diffpolicy.report import Report
+from diffpolicy.report import Estimate, Report
 from diffpolicy.rollout import make_env
 from diffpolicy.tables import get_strategy
 from diffpolicy.train import resolve_device
@@ -124,6 +124,6 @@ def _sweep(policy: Policy, trials: list[Trial], world: World, out: Path, resume:
 
 
 def _line(cell: dict[str, Any]) -> str:
-    jump = "no border" if cell["jump"] is None else "jump {value:.3f} [{low:.3f}, {high:.3f}]".format(**cell["jump"])
-    quality = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**cell["quality"])
-    return f"  {cell['strategy']:<12} delay {cell['delay']:<4g} {cell['kind']} {quality}   {jump}"
+    jump = "no border" if cell["jump"] is None else f"jump {Estimate(**cell['jump'])}"
+    quality = f"{cell['kind']} {Estimate(**cell['quality'])}"
+    return f"  {cell['strategy']:<12} delay {cell['delay']:<4g} {quality}   {jump}"
