@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from diffpolicy.cli import main
+from diffpolicy.cli.evaluate import film
 from diffpolicy.data import store
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.policy import Policy
+from diffpolicy.tasks import Task
 
 FAST = ["--denoiser.down-dims", "8", "16", "--denoiser.step-embed-dim", "16", "--batch-size", "8"]
 HORIZONS = ["--horizon", "4", "--n-obs-steps", "1", "--n-action-steps", "2"]
@@ -48,6 +50,18 @@ def test_collect_train_resume_evaluate_compare(tmp_path, capsys):
     np.testing.assert_allclose(compiled["by_episode"]["return"], report["by_episode"]["return"], rtol=1e-3)
     assert main([*argv, "abacus"]) == 2
     assert "no backend 'abacus'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("backend", "hinted"), [("", True), ("egl", False)])
+def test_a_renderer_that_fails_costs_the_video_alone_and_says_what_to_set(monkeypatch, tmp_path, backend, hinted):
+    def record(*_):
+        raise RuntimeError("an OpenGL platform library has not been loaded\nmore")
+
+    monkeypatch.setitem(film.__globals__, "record", record)
+    monkeypatch.setenv("MUJOCO_GL", backend)
+    told = film(None, Task("Hopper-v4"), 0, tmp_path / "episode.mp4")  # pyright: ignore[reportArgumentType]
+    assert told.startswith("none: an OpenGL platform library has not been loaded")
+    assert ("MUJOCO_GL=egl" in told, "more" in told) == (hinted, False)
 
 
 def test_without_a_task_a_policy_is_evaluated_in_the_environment_of_its_dataset(tmp_path, capsys):

@@ -4,6 +4,7 @@ With --delay or --real-time its plans come late (`late.py`).
 """
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -160,5 +161,7 @@ def film(policy: Policy, task: Task, seed: int, path: Path) -> str:
             frames, fps = record(policy, task.env_id, task.env_kwargs, seed)
         pictures.save_video(path, frames, fps)
     except Exception as error:  # renderers fail in many ways, none of which should cost the report
-        return f"none: {first_line(error)}"
+        without_screen = "OpenGL" in str(error) and not os.environ.get("MUJOCO_GL")
+        hint = "; without a screen, install EGL or OSMesa and set MUJOCO_GL=egl or osmesa" if without_screen else ""
+        return f"none: {first_line(error)}{hint}"
     return str(path)
