@@ -223,13 +223,13 @@ def train(
         description: what goes into `config.json`, JSON values.
         play: `(policy, number of episodes) -> Episodes`, for `evaluate_every`; None where there is no environment.
     """
-    run.mkdir(parents=True, exist_ok=True)
     kept, held_out = split(episodes, config.validation_fraction, config.seed)
     device = residence(episodes, agent.device)
     windows = agent.windows(episodes, device, kept)
     held_out = held_out if len(held_out) else kept[:1]
     on_host = torch.device("cpu")  # windows hold all arrays: a second copy would leave no room
     validation, recorded = agent.windows(episodes, on_host, held_out), episodes.select(held_out[:VALIDATION_EPISODES])
+    run.mkdir(parents=True, exist_ok=True)
     if (run / "checkpoint" / "state.pt").exists():
         restore(agent, run)
     write_atomically(run / "config.json", lambda path: path.write_text(json.dumps(description, indent=1)))

@@ -23,7 +23,6 @@ from diffpolicy.nets.encoder import TOLD
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy
 
-MOST_PREFERENCE = 100.0
 UNET = DenoiserConfig(down_dims=(128, 512, 1024), step_embed_dim=128, told_embed_dim=128)
 
 
@@ -45,18 +44,10 @@ class DecisionDiffuserConfig(ImitationConfig):
     """Tell the return of the whole episode at each of its steps, not what follows the step: where several agents made
     the data, it says which of them acted, and one goal is right in every state. All recorded rewards count alike: there
     is no discount, and `info["mask"]` ends nothing."""
-    preference: float = 0.0
-    """How much more often windows of good episodes are drawn, beside a mixture's shares: in proportion to
-    exp(preference R), R of the whole episode without discount (the trajectory weighting of Hong et al. 2023; 10 with
-    IQL, 5 with CQL); 0 draws all alike. At guidance weight 0 the policy imitates what was drawn."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.dropout < 1 and 0 <= self.gamma <= 1):
             raise SpecError(f"got dropout {self.dropout} and gamma {self.gamma}; wanted them in [0, 1), [0, 1]")
-        if not 0 <= self.preference <= MOST_PREFERENCE:
-            raise SpecError(
-                f"got a preference of {self.preference}; wanted a number from 0 (all alike) to {MOST_PREFERENCE:g}"
-            )
 
 
 class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
@@ -70,8 +61,7 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
             told = np.repeat(rewards.in_unit(episodes.returns), np.asarray(episodes.length, dtype=np.int64))
         else:
             told = rewards.in_unit(rewards.returns_to_go(episodes, self.config.gamma))
-        weighted = rewards.preferred(episodes, self.config.preference) if self.config.preference > 0 else episodes
-        relabelled = replace(weighted, reward=told.astype(np.float32))
+        relabelled = replace(rewards.preferred(episodes, self.config.preference), reward=told.astype(np.float32))
         return Windows(relabelled, self.spec, device=device, require_next=True, only=only, n_step=1)
 
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
@@ -87,7 +77,7 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
         return Policy(*parts, self.seed, guidance=config.guidance)
 
 
-# The original (anuragajay/decision-diffuser) has neither `whole_episode` nor `preference`. The other differences:
+# The original (anuragajay/decision-diffuser) does not have `whole_episode`. The other differences:
 #   1. chunks of actions are diffused, conditioned on recent observations; the original diffuses states alone, puts the
 #      current one in, and finds actions between two of them with an inverse model;
 #   2. the return is normalised by the smallest and largest of the data, not divided by a number chosen for each set,

@@ -87,7 +87,7 @@ class Diffuser(Imitation[DiffuserConfig]):
         """Return windows whose reward is G, standardised over all episodes, those not chosen included."""
         returns = rewards.returns_to_go(episodes, self.config.gamma)
         standard = (returns - returns.mean()) / max(float(returns.std()), 1e-8)
-        valued = replace(episodes, reward=standard.astype(np.float32))
+        valued = replace(rewards.preferred(episodes, self.config.preference), reward=standard.astype(np.float32))
         return Windows(valued, self.spec, device=device, require_next=True, only=only, n_step=1)
 
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:

@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from diffpolicy.data.episodes import Episodes
-from diffpolicy.errors import DatasetError
+from diffpolicy.errors import DatasetError, SpecError
+
+MOST_PREFERENCE = 100.0
 
 
 def plain(episodes: Episodes) -> tuple[float, float]:
@@ -73,11 +75,30 @@ def in_unit(returns: np.ndarray) -> np.ndarray:
     return (returns - returns.min()) / max(float(np.ptp(returns)), 1e-8)
 
 
-def preferred(episodes: Episodes, strength: float) -> Episodes:
-    """Have training draw windows in proportion to exp(strength R), R in [0, 1] the return of their episode.
+def check_preference(preference: float) -> None:
+    """Refuse what `preferred` cannot do.
 
-    The trajectory weighting of Hong et al. (2023, arXiv 2306.13085), where strength is 1/alpha; weights that are there
-    count as well.
+    Raises:
+        SpecError: if it is negative, too large for float64 or not a number.
     """
-    weight = np.exp(strength * (in_unit(episodes.returns) - 1))
+    if not 0 <= preference <= MOST_PREFERENCE:
+        raise SpecError(f"got a preference of {preference}; wanted a number from 0 (all alike) to {MOST_PREFERENCE:g}")
+
+
+def preferred(episodes: Episodes, preference: float) -> Episodes:
+    """Have training draw windows in proportion to exp(preference R), R in [0, 1] the return of their episode.
+
+    The trajectory weighting of Hong et al. (2023, arXiv 2306.13085), where the preference is 1/alpha: all recorded
+    rewards count alike, without discount, and `info["mask"]` ends nothing. A mixture's shares count as well.
+
+    Raises:
+        DatasetError: if all episodes have the same return.
+    """
+    if preference == 0:
+        return episodes
+    if not np.ptp(episodes.returns) > 0:
+        raise DatasetError(
+            f"every episode has the return {episodes.returns[0]:g}, so none can be preferred; leave the preference at 0"
+        )
+    weight = np.exp(preference * (in_unit(episodes.returns) - 1))
     return replace(episodes, weight=weight if episodes.weight is None else weight * np.asarray(episodes.weight))

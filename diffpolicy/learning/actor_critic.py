@@ -16,7 +16,7 @@ import torch
 
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
-from diffpolicy.data.rewards import transformed
+from diffpolicy.data.rewards import check_preference, preferred, transformed
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import SpecError
@@ -47,6 +47,9 @@ class ActorCriticConfig:
     critic: CriticConfig = field(default_factory=CriticConfig)
     td: TdConfig = field(default_factory=TdConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    preference: float = 0.0
+    """How much more often windows of good episodes are drawn: in proportion to exp(preference R), R in [0, 1] the
+    return of the whole episode (trajectory weighting, Hong et al. 2023: 10 with IQL, 5 with CQL); 0 draws all alike."""
 
 
 def check_count(name: str, count: int) -> None:
@@ -97,6 +100,7 @@ class ActorCritic(ABC, Generic[C]):
     ) -> None:
         if reason := why_not(config.sampler, SamplerConfig(), config.denoiser.prediction):
             raise SpecError(reason)
+        check_preference(config.preference)
         self.spec, self.config, self.steps, self.seed = spec, config, steps, seed
         self.device = torch.device(device)
         self.normalizer = normalizer.to(self.device)
@@ -139,7 +143,8 @@ class ActorCritic(ABC, Generic[C]):
     ) -> Windows:
         """Return what this agent learns from: its rewards and discount, where the next observation was recorded."""
         rewards, gamma = self.config.td.rewards, self.config.td.gamma
-        return Windows(make_rewards(rewards, episodes), self.spec, gamma, device, require_next=True, only=only)
+        judged = make_rewards(rewards, preferred(episodes, self.config.preference))
+        return Windows(judged, self.spec, gamma, device, require_next=True, only=only)
 
     @property
     def imitator(self) -> Actor:

@@ -12,8 +12,7 @@ from worlds import bandit, chain
 from diffpolicy.agents.cfgrl import Cfgrl
 from diffpolicy.agents.diffuser import ValuedImitator
 from diffpolicy.data.episodes import Episode, Episodes, from_list
-from diffpolicy.data.order import WeightedOrder
-from diffpolicy.data.windows import Batch, Windows
+from diffpolicy.data.windows import Batch
 from diffpolicy.diffusion.exact import Mixture
 from diffpolicy.errors import PolicyError, SpecError
 from diffpolicy.guides import ClassifierFreeGuidance, ValueGuidance
@@ -103,36 +102,6 @@ def test_told_of_whole_episodes_each_step_of_decision_diffuser_has_the_return_of
     agent = make("decision-diffuser", episodes, 1, whole_episode=True)
     told = agent.windows(episodes).gather(torch.arange(9)).reward
     assert told.tolist() == pytest.approx([0.0] * 3 + [0.4] * 2 + [1.0] * 4)
-
-
-@pytest.mark.parametrize("whole_episode", [True, False])
-def test_decision_diffuser_draws_windows_in_proportion_to_the_exponential_of_its_preference(whole_episode):
-    rewards = [[0.0], [0.0, 5], [1.0, 2, 3, 4]]  # returns 0, 5, 10
-    episodes = from_list(
-        [Episode({"obs": np.zeros((len(r) + 1, 1))}, np.ones((len(r), 1)), np.array(r), True, False) for r in rewards]
-    )
-    agent = make("decision-diffuser", episodes, 1, preference=2.0, whole_episode=whole_episode)
-    windows = agent.windows(episodes)
-    drawn = np.concatenate([WeightedOrder(windows, 1000, seed=0)(step).numpy() for step in range(40)])
-    expected = np.repeat(np.exp([0.0, 1.0, 2.0]), [1, 2, 4])
-    # 40,000 draws: the standard deviation of a share is below 0.0025.
-    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), expected / expected.sum(), atol=0.01)
-
-    def shares(windows: Windows) -> list[float]:
-        assert windows.weight is not None
-        return (windows.weight / windows.weight[-1]).tolist()
-
-    known = agent.windows(episodes, only=np.array([0, 1]))  # the best is held out, and still what 1 means
-    assert shares(known) == pytest.approx([np.exp(-1.0), 1.0])
-    mixed = agent.windows(replace(episodes, weight=np.array([0.0, 1.0, 3.0])))  # a mixture's shares count as well
-    assert shares(mixed) == pytest.approx([0.0, np.exp(-1.0) / 3, 1.0])
-    assert make("decision-diffuser", episodes, 1).windows(episodes).weight is None
-
-
-@pytest.mark.parametrize("preference", [-1.0, 101.0, float("nan")])
-def test_a_preference_that_is_impossible_is_refused(preference):
-    with pytest.raises(SpecError, match=r"from 0 \(all alike\) to 100"):
-        make("decision-diffuser", bandit(count=10), 1, preference=preference)
 
 
 def test_the_value_of_noised_chunks_is_the_expected_return_of_the_bandit_given_the_noised_action():
