@@ -42,6 +42,7 @@ FIVE = SamplerConfig("ddpm", 5)
 # After 20,000 steps samples spread more than the data and the best of many is an outlier: who chooses samples narrowly.
 NARROW = replace(FIVE, temperature=0.25)
 TRAINING: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "warmup_steps": 0}
+PREFERENCE = 10.0  # Hong et al.'s with IQL: mixed data have agents of every quality, and who acts well is one of them
 CRITICS: dict[str, Any] = {
     "denoiser": MLP,
     "sampler": NARROW,
@@ -49,6 +50,7 @@ CRITICS: dict[str, Any] = {
     "critic": CriticConfig((256, 256)),
     "td": TdConfig(polyak=0.01, learning_rate=1e-3, rewards=RewardConfig("return_range", scale=0.1)),
     "selection": SelectionConfig(samples=32),
+    "preference": PREFERENCE,
 }
 ONE = SelectionConfig()
 LOCOMOTION: dict[str, Any] = {
@@ -59,14 +61,16 @@ LOCOMOTION: dict[str, Any] = {
     "qc": QcConfig(**CRITICS, backup_samples=4),
     "fql": FqlConfig(**{**CRITICS, "sampler": SamplerConfig("ddim", 5), "selection": ONE}),
     "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "sampler": FIVE, "selection": ONE}),
-    "diffuser": DiffuserConfig(MLP, NARROW, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32)),
+    "diffuser": DiffuserConfig(
+        MLP, NARROW, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32), preference=PREFERENCE
+    ),
     "decision-diffuser": DecisionDiffuserConfig(
         TOLD,
         SamplerConfig("ddim", 10, temperature=0.0),
         **TRAINING,
         guidance=ClassifierFreeGuidance(weight=1.2, goal=0.95),
         whole_episode=True,
-        preference=10.0,
+        preference=PREFERENCE,
     ),
 }
 

@@ -127,6 +127,14 @@ def test_a_finished_run_is_not_run_again_and_one_of_other_settings_is_refused(re
     found = results.tabulate(results.read(tmp_path / "out" / "results"))
     assert {agent: own["hopper-mixed"].shape for agent, own in found.items()} == {"bc": (1, 2), "idql": (1, 2)}
     assert dp.Policy.load(tmp_path / "out/runs/idql-hopper-mixed-0").selection.config.samples == 32
+    run("--agents", "bc+preference", "--steps", "3")
+    control, plain = (
+        json.loads((tmp_path / f"out/results/{name}-hopper-mixed-0.json").read_text())
+        for name in ("bc+preference", "bc")
+    )
+    changed = plain["settings"] | {"bc": plain["settings"]["bc"] | {"preference": 10.0}}
+    assert (control["agent"], control["settings"]) == ("bc+preference", changed)
+    assert control["score"] != plain["score"]
     (tmp_path / "out/results/bc-hopper-mixed-0.json").unlink()
     run("--agents", "bc", "--steps", "3")  # from the checkpoint of the last step: only played again
     again = json.loads((tmp_path / "out/results/bc-hopper-mixed-0.json").read_text())

@@ -30,7 +30,7 @@ from diffpolicy.evaluate import play_unseen
 from diffpolicy.policy import Policy
 from diffpolicy.provenance import fingerprint, versions
 from diffpolicy.tables import make_agent
-from diffpolicy.tasks import Task
+from diffpolicy.tasks import PREFERENCE, Task
 from diffpolicy.train import TrainConfig
 
 
@@ -45,7 +45,8 @@ class Args:
     datasets: tuple[str, ...] = LOCOMOTION
     """Names; the first are run first."""
     agents: tuple[str, ...] | None = None
-    """Agents, those that the task's preset has settings for if not given."""
+    """Agents, those that the task's preset has settings for if not given; `bc+preference` is imitation of what the
+    others draw."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
     episodes: int = 20
@@ -54,11 +55,16 @@ class Args:
     """Gradient steps, instead of the preset's."""
 
 
+CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {"bc+preference": ("bc", {"preference": PREFERENCE})}
+"""Agents with one setting that is not their preset's, to see what it alone does."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One run to be made."""
 
     agent: str
+    """Of `AGENTS`, or of `CONTROLS`."""
     dataset: str
     seed: int
     task: Task
@@ -70,19 +76,25 @@ class Job:
         return f"{self.agent}-{self.dataset}-{self.seed}"
 
     @property
+    def algorithm(self) -> str:
+        """Return the agent's name without what makes it a control."""
+        return CONTROLS.get(self.agent, (self.agent,))[0]
+
+    @property
     def settings(self) -> Any:
         """Return the agent's settings.
 
         Raises:
             PolicyError: if the preset has none.
         """
-        settings = self.task.preset.agents.get(self.agent)
+        name, changes = CONTROLS.get(self.agent, (self.agent, {}))
+        settings = self.task.preset.agents.get(name)
         if settings is None:
             raise PolicyError(
                 f"the preset of {self.task.env_id} has no settings for {self.agent!r}; wanted one of "
-                f"{', '.join(self.task.preset.agents)}, or an entry in diffpolicy/tasks.py"
+                f"{', '.join([*self.task.preset.agents, *CONTROLS])}, or an entry in diffpolicy/tasks.py"
             )
-        return settings
+        return replace(settings, **changes)
 
 
 def jobs(args: Args) -> Iterator[Job]:
@@ -103,7 +115,7 @@ def trained(job: Job, episodes: Episodes, folder: Path) -> Policy:
     """
     preset = job.task.preset
     spec = Spec.from_episodes(episodes, preset.horizon, preset.n_obs_steps, preset.n_action_steps)
-    agent = make_agent(job.agent, job.settings, spec, episodes, job.task.kinds, job.train, torch.device("cpu"))
+    agent = make_agent(job.algorithm, job.settings, spec, episodes, job.task.kinds, job.train, torch.device("cpu"))
     description = described(job, episodes)
     if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()) != description:
         raise PolicyError(f"{folder} holds a run of other settings, data or versions; give another --out, or remove it")
@@ -118,11 +130,11 @@ def arguments(job: Job) -> dict[str, Any]:
     preset = job.task.preset
     settings = {
         "task": get_dataset(job.dataset).task_name,
-        "agent": job.agent,
+        "agent": job.algorithm,
         "horizon": preset.horizon,
         "n_obs_steps": preset.n_obs_steps,
         "n_action_steps": preset.n_action_steps,
-        job.agent: asdict(job.settings),
+        job.algorithm: asdict(job.settings),
         "train": asdict(job.train),
     }
     return json.loads(json.dumps(settings))
