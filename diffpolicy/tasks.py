@@ -39,7 +39,8 @@ REACH = BcConfig(replace(TINY, obs_embed_dim=64), learning_rate=1e-3, warmup_ste
 MLP = DenoiserConfig("mlp", hidden_dim=128, depth=3, step_embed_dim=32, prediction="v_prediction")
 TOLD = replace(MLP, told_embed_dim=32)
 FIVE = SamplerConfig("ddpm", 5)
-# After 20,000 steps samples spread more than the data and the best of many is an outlier: who chooses samples narrowly.
+# After 20,000 steps samples spread more than the data and the best of many is an outlier: who must do better than the
+# data samples narrowly.
 NARROW = replace(FIVE, temperature=0.25)
 TRAINING: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "warmup_steps": 0}
 PREFERENCE = 10.0  # Hong et al.'s with IQL: mixed data have agents of every quality, and who acts well is one of them
@@ -60,7 +61,7 @@ LOCOMOTION: dict[str, Any] = {
     "edp": EdpConfig(**CRITICS),
     "qc": QcConfig(**CRITICS, backup_samples=4),
     "fql": FqlConfig(**{**CRITICS, "sampler": SamplerConfig("ddim", 5), "selection": ONE}),
-    "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "sampler": FIVE, "selection": ONE}),
+    "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "selection": ONE}),
     "diffuser": DiffuserConfig(
         MLP, NARROW, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32), preference=PREFERENCE
     ),
