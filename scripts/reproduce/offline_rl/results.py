@@ -66,7 +66,7 @@ def read(folder: Path) -> list[Run]:
 def tabulate(runs: Sequence[Run]) -> dict[str, dict[str, np.ndarray]]:
     """Return scores `(training seeds, episodes)` by agent and dataset, seeds in order, episodes cut to the fewest."""
     table: dict[str, dict[str, np.ndarray]] = {}
-    for agent in dict.fromkeys(run.agent for run in runs):
+    for agent in sorted({run.agent for run in runs}):
         table[agent] = {}
         for dataset in dict.fromkeys(run.dataset for run in runs if run.agent == agent):
             own = sorted((r for r in runs if (r.agent, r.dataset) == (agent, dataset)), key=lambda run: run.seed)

@@ -34,7 +34,7 @@ from results import (
 from diffpolicy.report import Estimate
 
 QUALITIES = ("mixed", "medium", "expert")
-IMITATION = "bc"
+IMITATION = ("bc", "bc+preference")
 PEERS = ("d3rlpy-iql", "d3rlpy-td3+bc")
 
 
@@ -68,7 +68,7 @@ def differences(table: Table) -> str:
     columns = {
         f"{other}, {quality}": {agent: difference(table, agent, other, members) for agent in table if agent != other}
         for quality, members in groups(table).items()
-        for other in (IMITATION, *PEERS)
+        for other in (*IMITATION, *PEERS)
     }
     columns = {name: gaps for name, gaps in columns.items() if any(gaps.values())}
     if not columns:
@@ -101,7 +101,7 @@ def _panel(axis: Axes, table: Table, dataset: str, of_data: float | None) -> Non
     played = {agent: own[dataset] for agent, own in table.items() if dataset in own}
     for i, (agent, scores) in enumerate(played.items()):
         e = estimate([scores])
-        colour = "C7" if agent in PEERS else "C1" if agent == IMITATION else "C0"
+        colour = "C7" if agent in PEERS else "C1" if agent in IMITATION else "C0"
         axis.errorbar(e.value, i, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=colour, capsize=2)
     if of_data is not None:
         axis.axvline(of_data, color="0.5", linestyle="--", linewidth=1)
