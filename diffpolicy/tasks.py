@@ -61,7 +61,7 @@ LOCOMOTION: dict[str, Any] = {
     "edp": EdpConfig(**CRITICS),
     "qc": QcConfig(**CRITICS, backup_samples=4),
     "fql": FqlConfig(**{**CRITICS, "sampler": SamplerConfig("ddim", 5), "selection": ONE}),
-    "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "selection": ONE}),
+    "cfgrl": CfgrlConfig(**{**CRITICS, "denoiser": TOLD, "selection": ONE}, tau=0.7),
     "diffuser": DiffuserConfig(
         MLP, NARROW, **TRAINING, gamma=0.99, selection=SelectionConfig(samples=32), preference=PREFERENCE
     ),
