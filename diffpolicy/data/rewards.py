@@ -98,7 +98,7 @@ def preferred(episodes: Episodes, preference: float) -> Episodes:
         return episodes
     if not np.ptp(episodes.returns) > 0:
         raise DatasetError(
-            f"every episode has the return {episodes.returns[0]:g}, so none can be preferred; leave the preference at 0"
+            f"every episode has the return {episodes.returns[0]:g}, so none can be preferred; give a preference of 0"
         )
     weight = np.exp(preference * (in_unit(episodes.returns) - 1))
     return replace(episodes, weight=weight if episodes.weight is None else weight * np.asarray(episodes.weight))
