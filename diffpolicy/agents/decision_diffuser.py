@@ -61,8 +61,7 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
             told = np.repeat(rewards.in_unit(episodes.returns), np.asarray(episodes.length, dtype=np.int64))
         else:
             told = rewards.in_unit(rewards.returns_to_go(episodes, self.config.gamma))
-        relabelled = replace(rewards.preferred(episodes, self.config.preference), reward=told.astype(np.float32))
-        return Windows(relabelled, self.spec, device=device, require_next=True, only=only, n_step=1)
+        return self.judged_windows(episodes, told, device, only)
 
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """L: the imitation loss with R, or without it where it is left out by chance."""

@@ -8,7 +8,7 @@
 `J` learns `E[G | x_t, s]`, so its slope says at every time of sampling where better chunks are.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -87,8 +87,7 @@ class Diffuser(Imitation[DiffuserConfig]):
         """Return windows whose reward is G, standardised over all episodes, those not chosen included."""
         returns = rewards.returns_to_go(episodes, self.config.gamma)
         standard = (returns - returns.mean()) / max(float(returns.std()), 1e-8)
-        valued = replace(rewards.preferred(episodes, self.config.preference), reward=standard.astype(np.float32))
-        return Windows(valued, self.spec, device=device, require_next=True, only=only, n_step=1)
+        return self.judged_windows(episodes, standard, device, only)
 
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """L + L_J: no weight is in both."""

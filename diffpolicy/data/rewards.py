@@ -2,6 +2,8 @@
 
 Published settings (`kind`, then `scale`, `shift`): MuJoCo `return_range` (Kostrikov et al. 2022) or `plain`; AntMaze
 `plain, 1, -1` or `plain, 4, -2`; Adroit `standard`.
+
+Also what returns say: what followed each step, and which episodes training draws more often.
 """
 
 from dataclasses import replace
@@ -79,7 +81,7 @@ def check_preference(preference: float) -> None:
     """Refuse what `preferred` cannot do.
 
     Raises:
-        SpecError: if it is negative, too large for float64 or not a number.
+        SpecError: if it is not a number from 0 to `MOST_PREFERENCE`.
     """
     if not 0 <= preference <= MOST_PREFERENCE:
         raise SpecError(f"got a preference of {preference}; wanted a number from 0 (all alike) to {MOST_PREFERENCE:g}")

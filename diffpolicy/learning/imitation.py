@@ -1,7 +1,7 @@
 """A whole agent that imitates and has no critics, all but its loss. What acts is the average of the weights."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -114,6 +114,13 @@ class Imitation(ABC, Generic[C]):
     ) -> Windows:
         """Return what this agent learns from: every step of the episodes chosen."""
         return Windows(preferred(episodes, self.config.preference), self.spec, device=device, only=only)
+
+    def judged_windows(
+        self, episodes: Episodes, judged: np.ndarray, device: str | torch.device, only: np.ndarray | None
+    ) -> Windows:
+        """Return windows whose reward is a number of their first step, `judged (N,)`, not summed over the chunk."""
+        relabelled = replace(preferred(episodes, self.config.preference), reward=judged.astype(np.float32))
+        return Windows(relabelled, self.spec, device=device, require_next=True, only=only, n_step=1)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine to zero at `steps`."""
