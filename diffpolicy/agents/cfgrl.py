@@ -58,7 +58,7 @@ class Cfgrl(ActorCritic[CfgrlConfig]):
     def losses(self, batch: Batch) -> Metrics:
         """Take one step of V, of Q and of the actor."""
         cond, next_cond = self.critics.cond(batch.obs), self.critics.cond(batch.next_obs)
-        whole = whole_chunks(batch, self.spec, self.config.td.gamma)
+        whole = whole_chunks(batch, self.spec)
         with torch.no_grad():
             q = self.critics.target.value(cond, batch.action)
             better = (q > self.value(cond)) & (whole > 0)

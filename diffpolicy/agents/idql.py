@@ -54,7 +54,7 @@ class Idql(ActorCritic[IdqlConfig]):
         cond, next_cond = self.critics.cond(batch.obs), self.critics.cond(batch.next_obs)
         with torch.no_grad():
             q = self.critics.target.value(cond, batch.action)
-        metrics = self.value.update(cond, q, whole_chunks(batch, self.spec, self.config.td.gamma))
+        metrics = self.value.update(cond, q, whole_chunks(batch, self.spec))
         return metrics | self.critics.update(batch, self.value(next_cond))
 
     def update_actor(self, batch: Batch) -> Metrics:

@@ -27,7 +27,10 @@ Obs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """B windows: `obs {name: (B, To, ...)}`, `action (B, Tp, Da)`, `valid (B, Tp)`, `reward`, `discount (B,)`."""
+    """B windows: `obs {name: (B, To, ...)}`, `action (B, Tp, Da)`, `valid (B, Tp)`, and the return: `(B,)` each.
+
+    `reward` sums over `steps` steps, `next_obs` and `discount` are what follows them.
+    """
 
     obs: Obs
     action: torch.Tensor
@@ -35,6 +38,7 @@ class Batch:
     reward: torch.Tensor
     next_obs: Obs
     discount: torch.Tensor
+    steps: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
@@ -44,8 +48,15 @@ class Batch:
         def moved(obs: Obs) -> Obs:
             return {name: array.to(device) for name, array in obs.items()}
 
-        action, valid, reward, discount = (x.to(device) for x in (self.action, self.valid, self.reward, self.discount))
-        return Batch(moved(self.obs), action, valid, reward, moved(self.next_obs), discount)
+        return Batch(
+            obs=moved(self.obs),
+            action=self.action.to(device),
+            valid=self.valid.to(device),
+            reward=self.reward.to(device),
+            next_obs=moved(self.next_obs),
+            discount=self.discount.to(device),
+            steps=self.steps.to(device),
+        )
 
 
 def _tensor(array: np.ndarray, device: str | torch.device) -> torch.Tensor:
@@ -149,6 +160,7 @@ class Windows:
             reward=(rewards * self.powers[:-1] * inside).sum(-1),
             next_obs=self._history(first_obs, step + n),
             discount=self.powers[n] * ~ended,
+            steps=n,
         )
 
     def _history(self, first: torch.Tensor, step: torch.Tensor) -> Obs:

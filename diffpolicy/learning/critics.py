@@ -103,10 +103,9 @@ def climbing_loss(q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return -climbed.mean() / scale.detach().abs().mean().clamp(min=1e-8)
 
 
-def whole_chunks(batch: Batch, spec: Spec, gamma: float) -> torch.Tensor:
+def whole_chunks(batch: Batch, spec: Spec) -> torch.Tensor:
     """Return 1 where the chunk was executed as a whole or the task ended within it, else 0, `(B,)`."""
-    all_recorded = batch.valid[:, spec.executed].all(-1) & (batch.discount <= gamma**spec.n_action_steps * 1.00001)
-    return (all_recorded | (batch.discount == 0)).float()
+    return ((batch.steps >= spec.n_action_steps) | (batch.discount == 0)).float()
 
 
 def known_returns(episodes: Episodes, gamma: float, every: int) -> np.ndarray:
@@ -160,7 +159,7 @@ class Critics:
 
     def update(self, batch: Batch, value: torch.Tensor) -> Metrics:
         """Take one step towards `targets(batch, value)`; `td_loss`, `q`, `q_spread`, `q_target`."""
-        y, weight = self.targets(batch, value), whole_chunks(batch, self.spec, self.config.gamma)
+        y, weight = self.targets(batch, value), whole_chunks(batch, self.spec)
         q = self.critic(self.cond(batch.obs), batch.action)
         loss = self.loss(q, y, weight)
         self._descend(loss)
@@ -242,7 +241,7 @@ class Critics:
         known = (~returns.isnan()).nonzero().squeeze(-1)
         index = known[torch.linspace(0, len(known) - 1, min(len(known), LOOKED_AT)).round().long()]
         batch = normalizer.encode(windows.gather(index).to(self.magnitude.device))
-        whole = whole_chunks(batch, self.spec, self.config.gamma) > 0
+        whole = whole_chunks(batch, self.spec) > 0
         if not whole.any():
             return {}
         value = self.target.value(self.cond(batch.obs), batch.action)[whole]

@@ -35,9 +35,9 @@ def two_episodes(has_final: bool = True, mask: list[bool] | None = None) -> Epis
     return from_list([episode([1.0, 2.0, 3.0, 4.0], True, True), episode([5.0, 6.0, 7.0, 8.0], False, has_final)])
 
 
-def batch_of(episodes: Episodes, chunk: int):
+def batch_of(episodes: Episodes, chunk: int, gamma: float = GAMMA):
     spec = Spec.from_episodes(episodes, horizon=chunk, n_obs_steps=1, n_action_steps=chunk)
-    windows = Windows(episodes, spec, GAMMA, require_next=True)
+    windows = Windows(episodes, spec, gamma, require_next=True)
     return spec, windows.gather(torch.arange(len(windows)))
 
 
@@ -55,25 +55,31 @@ def test_targets_of_chunks_of_2_with_next_value_10_by_hand_at_a_true_end_and_a_t
     cut = [5 + 0.9 * 6 + 8.1, 6 + 0.9 * 7 + 8.1, 7 + 0.9 * 8 + 8.1, 8 + 9.0]
     assert y.tolist() == pytest.approx(ended + cut)
     # The last chunk of the cut episode is half a chunk; that of the ended one is complete in effect.
-    assert whole_chunks(batch, spec, GAMMA).tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
+    assert whole_chunks(batch, spec).tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
 
 
 def test_without_the_last_observation_the_last_chunk_that_counts_ends_one_step_earlier():
     spec, batch = batch_of(two_episodes(has_final=False), chunk=2)
     assert batch.reward.tolist() == pytest.approx([2.8, 4.7, 6.6, 4.0, 10.4, 12.3, 7.0])
-    assert whole_chunks(batch, spec, GAMMA).tolist() == [1, 1, 1, 1, 1, 1, 0]
+    assert whole_chunks(batch, spec).tolist() == [1, 1, 1, 1, 1, 1, 0]
+
+
+def test_which_chunks_count_does_not_hang_on_the_discount():
+    for gamma in (0.5, 1.0):
+        spec, batch = batch_of(two_episodes(has_final=False), chunk=2, gamma=gamma)
+        assert whole_chunks(batch, spec).tolist() == [1, 1, 1, 1, 1, 1, 0]
 
 
 def test_a_masked_step_ends_the_return_of_a_chunk_of_3_and_the_chunk_counts():
     spec, batch = batch_of(two_episodes(mask=[True, False, True, True]), chunk=3)
     assert batch.reward[:2].tolist() == pytest.approx([1 + 0.9 * 2, 2.0])
     assert batch.discount[:2].tolist() == [0, 0]
-    assert whole_chunks(batch, spec, GAMMA).tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert whole_chunks(batch, spec).tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
 
 
 def test_chunks_of_1_all_count():
     spec, batch = batch_of(two_episodes(), chunk=1)
-    assert whole_chunks(batch, spec, GAMMA).tolist() == [1] * 8
+    assert whole_chunks(batch, spec).tolist() == [1] * 8
     assert batch.discount.tolist() == pytest.approx([0.9, 0.9, 0.9, 0, 0.9, 0.9, 0.9, 0.9])
 
 
@@ -82,7 +88,7 @@ def test_chunks_that_do_not_count_have_no_effect_on_the_loss():
     spec, batch = batch_of(episodes, chunk=2)
     critics = critics_for(episodes, spec)
     q = critics.critic(critics.cond(batch.obs), batch.action)
-    y, weight = critics.targets(batch, torch.zeros(8)), whole_chunks(batch, spec, GAMMA)
+    y, weight = critics.targets(batch, torch.zeros(8)), whole_chunks(batch, spec)
     expected = (q[:, :7] - y[:7]).square().sum(0).mean()
     assert critics.loss(q, y, weight).item() == pytest.approx(expected.item(), rel=1e-6)
 
