@@ -72,7 +72,7 @@ class ValueGuidance:
     weight: float = 1.0
     """In units of 1 / value; 0 is no guidance."""
     until: float = 0.1
-    """Diffusion time below which there is none."""
+    """Diffusion time at and below which there is none."""
 
     def __post_init__(self) -> None:
         _check_weight(self.weight)

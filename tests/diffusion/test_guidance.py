@@ -107,12 +107,16 @@ def test_guidance_works_while_nothing_is_to_be_differentiated_and_clipped_stays_
     assert chunks[:, 0, 0].mean() > 0.98 and chunks[:, 1, 1].mean() < -0.98
 
 
-def test_below_its_last_time_and_with_weight_0_it_is_the_denoiser_to_the_bit():
+def test_at_and_below_its_last_time_and_with_weight_0_it_is_the_denoiser_to_the_bit():
     exact, x_t = correlated(Cosine(), torch.zeros(4, 2, dtype=torch.float64)), noise()[0]
     plain = exact(x_t, 0.09)
     assert torch.equal(guided_by_linear_value(exact, 2.0, until=0.1)(x_t, 0.09, None), plain)
     assert torch.equal(guided_by_linear_value(exact, 0.0)(x_t, 0.09, None), plain)
-    assert (guided_by_linear_value(exact, 2.0, until=0.09)(x_t, 0.09, None) - plain).abs().max() > 1e-3
+    assert (guided_by_linear_value(exact, 2.0, until=0.08)(x_t, 0.09, None) - plain).abs().max() > 1e-3
+    for step in range(20):  # the times of 20 steps, whichever way they are rounded
+        t = 1 - step / 20
+        guided = not torch.equal(guided_by_linear_value(exact, 2.0, until=(20 - 7) / 20)(x_t, t, None), exact(x_t, t))
+        assert guided == (step < 7)
 
 
 # --- told and not told
