@@ -34,7 +34,7 @@ class CfgrlConfig(ActorCriticConfig):
     critic: CriticConfig = field(default_factory=lambda: CriticConfig((512,) * 3, layer_norm=True, activation="mish"))
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     guidance: BetterGuidance = field(default_factory=lambda: BetterGuidance(weight=1.5))
-    """w, from 1 to 10 in the paper."""
+    """w; their code looks at 1 to 100."""
     tau: float = 0.9
     """Expectile of V."""
     beta: float = 0.1
@@ -77,13 +77,11 @@ class Cfgrl(ActorCritic[CfgrlConfig]):
         return loss * chosen.sum() / n
 
 
-# Differences from the original (kvfrans/cfgrl, iql_diffusion):
-#   1. chunks: the critics value the executed actions of a chunk by n-step returns; one action a chunk is the paper's.
-#      A chunk that the recording cuts short has no advantage and trains the unconditional policy alone;
-#   2. the actor is this library's Mlp of residual LayerNorm blocks of 512, not 3 plain layers; diffusion times are
-#      stratified over the batch, and any denoiser, schedule and sampler can take their place;
-#   3. the averaged actor acts, its learning rate falls to zero along half a cosine, and its gradient is clipped at 1;
-#      every guided estimate of the clean chunk is clipped to the box, not the last alone;
+# Differences from the original (kvfrans/cfgrl, iql_diffusion; their variant for OGBench's single tasks is not here),
+# besides those at the end of learning/actor_critic.py:
+#   1. a chunk that the recording cuts short has no advantage and trains the unconditional policy alone;
+#   2. the actor is not 3 plain layers of 512 with Mish and LayerNorm after the first two; their times are 0, 1/32 .. 1,
+#      and the two losses share times and noise there; batch 1024;
+#   3. every guided estimate of the clean chunk is clipped to the box, not the last alone;
 #   4. nothing told is an embedding of zeros, o = 1 a small network of the number 1, not two rows of a table;
-#   5. normalisation in the critics stands before the activation, not after it; the batch is this library's (1024);
-#   6. of several samples the best by Q can be taken besides (`selection`); with one sample guidance acts alone.
+#   5. of several samples the best by Q can be taken besides (`selection`); with one sample guidance acts alone.

@@ -77,10 +77,12 @@ class DecisionDiffuser(Imitation[DecisionDiffuserConfig]):
 
 
 # The original (anuragajay/decision-diffuser) does not have `whole_episode`. The other differences:
-#   1. chunks of actions are diffused, conditioned on recent observations; the original diffuses states alone, puts the
-#      current one in, and finds actions between two of them with an inverse model;
+#   1. chunks of actions are diffused, conditioned on recent observations; the original diffuses 100 states alone, puts
+#      the current one in, finds the action between the first two with an inverse model, plays it and plans again;
 #   2. the return is normalised by the smallest and largest of the data, not divided by a number chosen for each set,
-#      and no penalty is added where an episode ends truly;
-#   3. diffusion time is continuous; 100 steps of DDPM as in the paper (200 in the code), and any other sampler;
-#   4. at weights 0 and 1 one network evaluation is enough, and only one is done;
-#   5. Adam's decay, the average of the weights and the fall of the learning rate are this library's imitation's.
+#      and no penalty is added where an episode ends truly; its embedding has two layers, not three;
+#   3. observations are scaled to limits, not by their distribution;
+#   4. diffusion time is continuous; 100 steps of DDPM as in the paper (200 in the code), and any other sampler;
+#   5. at weights 0 and 1 one network evaluation is enough, and only one is done;
+#   6. AdamW's betas and decay, the average of the weights and warm-up and fall of the rate are this library's
+#      imitation's.

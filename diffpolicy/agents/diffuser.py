@@ -120,12 +120,16 @@ class Diffuser(Imitation[DiffuserConfig]):
 
 # Differences from the original (jannerm/diffuser):
 #   1. chunks of actions are diffused, conditioned on recent observations, and their executed part is played; the
-#      original diffuses states and actions together, puts the current state in, and plays the first action;
-#   2. the slope is that of returns in standard deviations of the data's, and moves the estimate of the clean chunk by
-#      w sigma^2 / alpha of it: to first order in a step the original's shift of the mean by w Sigma_t, whatever the
-#      sampler; the original takes two such shifts a step, with w 0.1 in units of reward (0.0001 to 0.1);
-#   3. J is a network of plain layers that sees alpha x_t, not half a U-Net that sees x_t; its slope falls with alpha
-#      as the true one does;
-#   4. no penalty is added where an episode ends truly; a time limit ends a return, as in the original;
-#   5. both losses are descended by one AdamW, whose clipped norm is that of both; 64 candidates are the original's;
-#   6. diffusion time is continuous, and Janner et al.'s cosine schedule and 20 steps of DDPM are one choice of many.
+#      original diffuses 32 states and actions together, puts the current state in, and plays the first action, whose
+#      loss it weighs by 10;
+#   2. the slope is that of returns in standard deviations of the data's, and moves the estimate of the clean chunk by w
+#      sigma^2 / alpha of it, at any sampler; the original moves x_t itself by w Sigma_t before it takes the mean, twice
+#      a step, with w 0.1 in units of reward (0.0001 to 0.1). With 20 steps a move here is 1.25 to 2.2 times Sigma_t;
+#   3. it ends at t = 0.1, as theirs of 20 steps two before the end (four on halfcheetah and hopper-medium-expert);
+#   4. J is a network of plain layers that sees alpha x_t, not half a U-Net that sees x_t; its slope falls with alpha as
+#      the true one does. Candidates (64, as theirs) are ranked by J of the finished chunk, there of the last input;
+#   5. no penalty is added where an episode ends truly; a time limit ends a return, as in the original;
+#   6. both losses are descended by one AdamW, whose clipped norm is that of both; its betas, decay and rate and the
+#      average are this library's imitation's, theirs Adam's at a constant rate, without clipping, 0.995 every 10 steps;
+#   7. estimates are clipped to the box of the actions (theirs are not), diffusion time is continuous, and Janner et
+#      al.'s cosine schedule and 20 steps of DDPM are one choice of many.

@@ -116,5 +116,7 @@ def _check(teacher: Policy, spec: Spec, config: DistillConfig) -> None:
 
 # Differences from the original (Luhman and Luhman 2021, "Knowledge distillation in iterative generative models"):
 #   1. the teacher's chunks are sampled as they are needed, not stored; every batch has fresh noise;
-#   2. time, schedule and clipping are the teacher's; a student of a noise prediction predicts the chunk;
-#   3. what acts is the average of the weights, with the optimizer and learning rate of `bc`.
+#   2. time, schedule and clipping are the teacher's; a student of a noise prediction predicts the chunk, theirs z minus
+#      it;
+#   3. the loss is squared, on images theirs is not; the last average of the weights acts, theirs is that of lowest test
+#      loss; optimizer and learning rate are those of `bc`.

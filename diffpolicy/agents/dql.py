@@ -31,9 +31,10 @@ class DqlConfig(ActorCriticConfig):
     critic: CriticConfig = field(default_factory=lambda: CriticConfig(hidden=(256, 256, 256), activation="mish"))
     selection: SelectionConfig = field(default_factory=lambda: SelectionConfig(samples=50, temperature=1.0))
     eta: float = 1.0
-    """Weight of the value against imitation: 1 in locomotion, up to 4.5 in mazes, 0.005 in the kitchen."""
+    """Weight of the value against imitation: 1 in locomotion, 0.5 to 4.5 in mazes, 0.1 to 0.15 with a pen, 0.005 in the
+    kitchen."""
     backup_samples: int = 1
-    """Next chunks a target takes the best of: 1, in mazes 10 (max-Q backup)."""
+    """Next chunks a target takes the best of: 1, in all mazes but the smallest 10 (max-Q backup)."""
 
     def __post_init__(self) -> None:
         check_count("backup_samples", self.backup_samples)
@@ -63,15 +64,12 @@ class Dql(ActorCritic[DqlConfig]):
         return target.aggregate(target(cond, chunk).unflatten(1, (m, -1)).amax(1))
 
 
-# Differences from the original (Zhendong-Wang/Diffusion-Policies-for-Offline-RL):
-#   1. chunks: the critics value the executed actions of a chunk by n-step returns; one action a chunk is the paper's;
-#   2. diffusion time is continuous on the cosine schedule and v is predicted, not the noise at 5 steps of their VP
-#      schedule; sampling is DDPM with 5 steps as theirs, each clipped to the box of the actions;
-#   3. the actor is this library's Mlp of 3 residual blocks of 256, not 3 plain layers of 256;
-#   4. the average is updated at each step with a decay that rises to 0.999, not every 5th with 0.995 after step 1000;
-#   5. the averaged actor acts, the original samples with the current one; the target critics choose, as theirs, at any
-#      number of samples and any temperature;
-#   6. the gradient of the actor is clipped at one norm, not one a dataset, and the critics' only if `td.grad_clip` says
-#      so, where theirs is clipped, too; a published table of best checkpoints is not
-#      what is measured here: the last checkpoint is the result;
-#   7. with other ensembles than two, the members i and j of L_q are neighbours in a circle.
+# Differences from the original (Zhendong-Wang/Diffusion-Policies-for-Offline-RL), besides those at the end of
+# learning/actor_critic.py:
+#   1. v is predicted on the cosine schedule, not the noise at 5 steps of their VP schedule; sampling is DDPM with 5
+#      steps, as theirs. The actor has 3 residual blocks of 256, not 3 plain layers of 256;
+#   2. the current actor acts there; its average is updated every 5th step with 0.995, after step 1000;
+#   3. gradients are clipped at one norm for all datasets; theirs at one a dataset (1 to 9), the critics', too;
+#   4. their rates stay (with --lr_decay they end at 99.9 %), and some datasets have their own; batch 256, 2e6 steps;
+#   5. any number of samples and any temperature when acting;
+#   6. with other ensembles than two, the members i and j of L_q are neighbours in a circle.

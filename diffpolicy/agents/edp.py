@@ -63,12 +63,15 @@ class Edp(ActorCritic[EdpConfig]):
         return self.critics.target.value(self.critics.cond(batch.next_obs), chunk)
 
 
-# Differences from the original (sail-sg/edp):
-#   1. chunks: the critics value the executed actions of a chunk by n-step returns; one action a chunk is the paper's;
-#   2. diffusion time is continuous and stratified over the batch, not one of 100 or 1000;
-#   3. the noised chunk of L_D and that of x_hat are two draws, and x_hat is clipped to the box as in sampling;
-#   4. the actor is this library's Mlp of 3 residual blocks of 256; the average has a warm-up to 0.999 and is updated at
-#      each step;
+# Differences from the original (sail-sg/edp), besides those at the end of learning/actor_critic.py:
+#   1. the noised chunk of L_D and that of x_hat are two draws and two evaluations; theirs are one;
+#   2. chunks for targets and for acting are sampled by DPM-Solver++(2M) in 15 steps; theirs by all 100 steps of DDPM,
+#      or by DPM-Solver-3 with 15 evaluations in place of 1000 steps;
+#   3. the current actor and the current critics act and choose there; the average is updated every 5th step with 0.995,
+#      after step 1000. The actor has 3 residual blocks of 256, not 3 plain layers of 256;
+#   4. the actor's gradient is taken after the critics' step, theirs before; theirs are clipped at one norm a dataset,
+#      each network alone, and their rates stay; batch 256, 2e6 steps;
 #   5. the magnitude that divides a member's value is the other member's, as in Diffusion-QL; theirs is its own;
 #   6. of the next chunks one is valued, and no best of many (max-Q backup);
-#   7. of its three policy losses the TD3 form is here, not the weighted regressions (IQL, CRR).
+#   7. of its three policy losses the TD3 form is here, not the weighted regressions (IQL, CRR);
+#   8. theirs scale the rewards of kitchen, adroit and antmaze by rules of their own.

@@ -5,8 +5,9 @@
     L_Q = E sum_k (r + discount Q_target(s', mu(s', z')) - Q_k(s, a))^2
     act:  mu(s, z), one evaluation of one network
 
-With chunks of more than one executed action it is QC-FQL (Li et al. 2025). The student is the denoiser of a sampler
-with one step: at `t = 1` all that it sees is noise, and the clean chunk that it predicts is the action.
+With chunks of more than one executed action it is QC-FQL (Li et al. 2025: alpha 100, the value not normalised). The
+student is the denoiser of a sampler with one step: at `t = 1` all that it sees is noise, and the clean chunk that it
+predicts is the action.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ ONE_STEP = SamplerConfig("one_step", 1)
 
 @dataclass(frozen=True)
 class FqlConfig(ActorCriticConfig):
-    """Settings of FQL; the defaults are the paper's, with its advice for new environments."""
+    """Settings of FQL; the defaults are the paper's, with its authors' later advice for new environments."""
 
     denoiser: DenoiserConfig = field(default_factory=lambda: FLOW)
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("euler", 10))
@@ -37,7 +38,7 @@ class FqlConfig(ActorCriticConfig):
     )
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     alpha: float = 1.0
-    """Weight of being like the teacher: with normalize_q 0.03 to 10, without it 10 to 30000."""
+    """Weight of being like the teacher: with normalize_q 0.03 to 10, without it 3 to 30000."""
     normalize_q: bool = True
     """Divide the value by its mean magnitude."""
 
@@ -100,11 +101,11 @@ class Fql(ActorCritic[FqlConfig]):
         return -q.mean() / (q.detach().abs().mean().clamp(min=1e-8) if self.config.normalize_q else 1.0)
 
 
-# Differences from the original (seohongpark/fql):
-#   1. the networks are this library's Mlp of residual LayerNorm blocks, not 4 plain layers of 512; the student's also
-#      sees a diffusion time, which is always 1; any denoiser and schedule can take their place;
-#   2. the student that acts is the average of its weights, learning rates fall to zero along half a
-#      cosine, and gradients are clipped at 1, those of a large alpha, too;
+# Differences from the original (seohongpark/fql), besides those at the end of learning/actor_critic.py:
+#   1. the networks are not 4 plain layers of 512 with GELU; the student's also sees a diffusion time, which is always
+#      1;
+#   2. the current student acts there; the teacher's chunks are clipped at their end alone, not at each step;
 #   3. normalisation in the critics stands before the activation, not after it;
-#   4. the value is normalised by default, as the authors advise for new environments;
-#   5. with chunks, a chunk within which the task ended counts; QC-FQL leaves it out.
+#   4. the value is normalised and alpha 1, as the authors later advise for new environments; theirs is not and 10, in
+#      QC-FQL 100, in the units of unscaled actions;
+#   5. with chunks, QC-FQL leaves out and adds up what `qc` says of the ends of episodes (agents/qc.py).

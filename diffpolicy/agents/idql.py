@@ -63,12 +63,12 @@ class Idql(ActorCritic[IdqlConfig]):
         return {"grad_norm": self.actor.descend(loss), "loss": loss.detach()}
 
 
-# Differences from the original (philippe-eecs/IDQL):
-#   1. chunks: the critics value the executed actions of a chunk by n-step returns; one action a chunk is the paper's;
-#   2. diffusion time is continuous on the cosine schedule and v is predicted, not the noise at 5 steps of their VP
-#      schedule; sampling is DDPM with 5 steps as theirs, each clipped to the box of the actions;
-#   3. the actor is this library's Mlp (3 residual LayerNorm blocks of 256, no dropout, no expansion), its average has
-#      a warm-up, and its batch is the critics' (theirs 512 and 256); 3e6 steps are not the default length;
-#   4. rewards are used as they are unless `td.rewards` says otherwise (`return_range` is the paper's for locomotion),
-#      and the actor's gradient is clipped at 1;
-#   5. targets and values leave out chunks that the recording cuts short; for single actions there are none.
+# Differences from the original (philippe-eecs/IDQL), besides those at the end of learning/actor_critic.py:
+#   1. v is predicted on the cosine schedule, not the noise at 5 steps of their VP schedule; sampling is DDPM with 5
+#      steps, the posterior's variance and the clean estimate clipped; theirs adds noise of variance beta and clips the
+#      noisy action after each step;
+#   2. when acting theirs takes the best or, in its implicit policy, draws in proportion to |tau - 1(Q < V)|, which is
+#      not here; drawing by a softmax is this library's;
+#   3. the actor has 3 blocks of 256 without dropout or expansion, a quarter of their weights, and its time features are
+#      fixed; its batch is the critics' (theirs 512, for the critics 256 or 512 by version); 3e6 steps;
+#   4. `td.rewards` as `return_range` is the paper's for locomotion.

@@ -59,7 +59,7 @@ class Mip(Imitation[MipConfig]):
 
 
 # Differences from the original (Pan et al. 2025; simchowitzlabpublic/much-ado-about-noising):
-#   1. as in the paper, both terms weigh the same and the second regression is fed `t* a_0`; the authors' code divides
-#      the terms by `t*^2` and `(1 - t*)^2`, and trains the second on `a + (1 - t*) z`, feeding it `a_0` itself;
+#   1. both terms weigh the same and the second regression is fed `t* a_0`; the authors' code divides the terms by
+#      `t*^2` and `(1 - t*)^2`, and trains the second on `a + (1 - t*) z`, feeding it `a_0` itself;
 #   2. both regressions are clipped to the box of the actions;
 #   3. optimizer, learning rate and average are those of `bc`; padded actions do not count in the loss.

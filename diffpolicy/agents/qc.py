@@ -1,6 +1,6 @@
 """Q-chunking (Li et al. 2025): imitate chunks with a flow, value whole chunks, take the best of N, and learn from it.
 
-    a*  = the best by Q of N chunks of the actor
+    a*  = the best by Q of N chunks of the actor; when acting, by Q_target of the averaged actor's
     L_Q = E sum_k (sum_{j<h} gamma^j r_j + gamma^h Q_target(s_h, a*_h) - Q_k(s, a))^2      h = n_action_steps
     L_F = the imitation loss
     act:  a*
@@ -59,11 +59,10 @@ class Qc(ActorCritic[QcConfig]):
         return self.critics.target.value(cond, chunk)
 
 
-# Differences from the original (ColinQiyangLi/qc):
-#   1. the actor is this library's Mlp of residual LayerNorm blocks, not 4 plain layers of 512, and diffusion times are
-#      stratified over the batch; any denoiser, schedule and sampler can take its place;
-#   2. acting uses the averaged actor and the target critics, the original the current ones; targets use the current
-#      actor, as theirs;
+# Differences from the original (ColinQiyangLi/qc), besides those at the end of learning/actor_critic.py:
+#   1. the actor is not 4 plain layers of 512 with GELU that see the bare time;
+#   2. when acting theirs has the current actor and the current critics; targets use the current actor here, too;
 #   3. normalisation in the critics stands before the activation, not after it;
-#   4. a chunk within which the task ended counts, whatever its last actions were; the original leaves it out;
-#   5. the learning rate of the actor falls to zero along half a cosine, and its gradient is clipped at 1.
+#   4. theirs leaves out a chunk in which the episode ends, unless it ends with its last action; where a task is solved
+#      and the recording goes on (OGBench), it adds up the rest of the chunk's rewards and only does not bootstrap;
+#   5. theirs clips the sampled chunk alone, not each estimate of it.

@@ -90,8 +90,9 @@ def check_preference(preference: float) -> None:
 def preferred(episodes: Episodes, preference: float) -> Episodes:
     """Have training draw windows in proportion to exp(preference R), R in [0, 1] the return of their episode.
 
-    The trajectory weighting of Hong et al. (2023, arXiv 2306.13085), where the preference is 1/alpha: all recorded
-    rewards count alike, without discount, and `info["mask"]` ends nothing. A mixture's shares count as well.
+    The return weighting of Hong et al. (2023, arXiv 2306.13085), where the preference is 1/alpha: all recorded rewards
+    count alike, without discount, and `info["mask"]` ends nothing. Their tables have its other form, which first takes
+    from a return what the initial state predicts. A mixture's shares count as well.
 
     Raises:
         DatasetError: if all episodes have the same return.

@@ -4,6 +4,7 @@
                                           critics: members, slow copies      -->         that the slow copies like best
 
 A subclass says what one step of learning is; it may add parts (a value of states, a teacher), which are then saved.
+What all of them do otherwise than their originals stands at the end.
 """
 
 from abc import ABC, abstractmethod
@@ -52,7 +53,8 @@ class ActorCriticConfig:
     are as fast without. On a CPU it needs a C++ compiler."""
     preference: float = 0.0
     """How much more often windows of good episodes are drawn: in proportion to exp(preference R), R in [0, 1] the
-    return of the whole episode (trajectory weighting, Hong et al. 2023: 10 with IQL, 5 with CQL); 0 draws all alike."""
+    return of the whole episode (return weighting, Hong et al. 2023: 10 with IQL and TD3+BC, 5 with CQL); 0 draws all
+    alike."""
 
 
 def check_count(name: str, count: int) -> None:
@@ -223,3 +225,19 @@ class ActorCritic(ABC, Generic[C]):
             part.load_state_dict(state[name])
         self.generator.set_state(state["generator"].cpu())
         self.step = state["step"]
+
+
+# Differences of every agent with critics from its original; each file of `agents` adds its own:
+#   1. a chunk may follow a history and be longer than what is executed, which is what critics value, by n-step returns;
+#      one observation and one action are the single-step papers', and horizon = n_action_steps the chunked ones'. A
+#      chunk within which its task ended counts, and its return ends there; one that the recording cuts short teaches
+#      the actor alone;
+#   2. observations and actions are normalised: the box is the range of the data's actions, and noise, distances and
+#      their weights are in its units; theirs are as recorded, in the environment's box. Every estimate of the clean
+#      chunk is clipped to the box. Rewards are as recorded unless `td.rewards` says otherwise;
+#   3. the actor is this library's Mlp of residual LayerNorm blocks, or any other denoiser, on any schedule; diffusion
+#      times are continuous and stratified over the batch; initial weights are PyTorch's;
+#   4. the averaged actor acts, its decay rises to 0.999 and it is updated at every step; the target critics choose;
+#   5. the actor's learning rate falls to zero along half a cosine, and its gradient is clipped at one norm; the
+#      critics' is clipped only where `td.grad_clip` says so;
+#   6. batch and length are `TrainConfig`'s, the same for all networks; the last checkpoint is the result, not the best.

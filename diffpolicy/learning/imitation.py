@@ -44,7 +44,8 @@ class ImitationConfig:
     """Compile with torch.compile: the network, or on a CPU what is faster than our own there. Needs a C++ compiler."""
     preference: float = 0.0
     """How much more often windows of good episodes are drawn: in proportion to exp(preference R), R in [0, 1] the
-    return of the whole episode (trajectory weighting, Hong et al. 2023: 10 with IQL, 5 with CQL); 0 draws all alike."""
+    return of the whole episode (return weighting, Hong et al. 2023: 10 with IQL and TD3+BC, 5 with CQL); 0 draws all
+    alike."""
 
 
 C = TypeVar("C", bound=ImitationConfig)
