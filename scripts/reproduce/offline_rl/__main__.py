@@ -45,8 +45,8 @@ class Args:
     datasets: tuple[str, ...] = LOCOMOTION
     """Names; the first are run first."""
     agents: tuple[str, ...] | None = None
-    """Agents, those that the task's preset has settings for if not given; `bc+preference` is imitation of what the
-    others draw."""
+    """Agents, those that the task's preset has settings for if not given; `bc+preference` imitates what the others
+    draw, `edp-preference` draws all alike as imitation does."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
     episodes: int = 20
@@ -55,7 +55,10 @@ class Args:
     """Gradient steps, instead of the preset's."""
 
 
-CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {"bc+preference": ("bc", {"preference": PREFERENCE})}
+CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bc+preference": ("bc", {"preference": PREFERENCE}),
+    "edp-preference": ("edp", {"preference": 0.0}),
+}
 """Agents with one setting that is not their preset's, to see what it alone does."""
 
 

@@ -36,6 +36,11 @@ from diffpolicy.report import Estimate
 QUALITIES = ("mixed", "medium", "expert")
 IMITATION = ("bc", "bc+preference")
 PEERS = ("d3rlpy-iql", "d3rlpy-td3+bc")
+ABOUT_PEERS = """\
+d3rlpy's agents have the settings of its own reproductions, made for 500,000 steps, and draw all steps alike; those of
+the others were chosen for the length played here, and on locomotion all but `bc` and `edp-preference` draw good
+episodes more often.
+"""
 
 
 def groups(table: Table) -> dict[str, list[str]]:
@@ -147,6 +152,8 @@ def write(runs: Sequence[Run], data: Mapping[str, float], folder: Path) -> str:
     if not table:
         return "no agent has a run of training seed 0 yet, from which the table counts\n"
     text = f"{scores(table, data)}\n{differences(table)}"
+    if any(peer in table for peer in PEERS):
+        text = f"{text}\n{ABOUT_PEERS}"
     short = [asdict(replace(run, score=tuple(round(x, 2) for x in run.score), returns=())) for run in runs]
     (folder / "offline_rl.md").write_text(text)
     (folder / "offline_rl.json").write_text(json.dumps({"data": dict(data), "runs": short}))
