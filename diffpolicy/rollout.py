@@ -4,12 +4,12 @@ An actor is anything with stable-baselines3's `predict(obs, state, episode_start
 Environment `i` of N plays episodes `i, i + N, i + 2N, ...`; with our own environments (`make_envs`) episode `k` is
 reset with seed `seed + k`, so the result does not depend on N. Vector environments made elsewhere reset by
 themselves: then only the first episode of each is seeded, and the step that a NEXT_STEP environment spends on its
-reset is not recorded, nor is its action used.
+reset is not recorded, nor is its action used. Numbers and truths of `info` are recorded, 0 at steps that lack them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import gymnasium
@@ -84,7 +84,10 @@ class _Recording:
             reward=np.array(self.reward, dtype=np.float32),
             terminated=terminated,
             truncated=truncated,
-            info={key: np.array([i.get(key, 0.0) for i in self.info], dtype=np.float32) for key in self.info[0]},
+            info={
+                key: np.array([told.get(key, 0.0) for told in self.info], dtype=np.float32)
+                for key in dict.fromkeys(key for told in self.info for key in told)
+            },
         )
 
 
@@ -147,7 +150,14 @@ def rollout(
     for k, episode in play(actor, envs, episodes, seed, deterministic):
         played[k] = episode
         on_episode(len(played))
-    return from_list([played[k] for k in range(episodes)], meta=_provenance(envs, seed))
+    keys = dict.fromkeys(key for k in range(episodes) for key in played[k].info)
+    whole = [_with_all(played[k], keys) for k in range(episodes)]
+    return from_list(whole, meta=_provenance(envs, seed))
+
+
+def _with_all(episode: Episode, keys: Iterable[str]) -> Episode:
+    untold = np.zeros(len(episode), dtype=np.float32)
+    return replace(episode, info={key: episode.info.get(key, untold) for key in keys})
 
 
 def record(
@@ -200,14 +210,15 @@ def _named(obs: Any) -> dict[str, np.ndarray]:
 
 
 def _numbers(info: Mapping[str, Any], i: int) -> dict[str, float]:
-    """Return environment `i`'s numeric scalars of a vector environment's `info`; the final ones where it reset."""
+    """Return what environment `i` told of itself in a vector environment's `info`; the final numbers where it reset."""
     ended = "final_info" in info and info["_final_info"][i]
     source = info["final_info"] if ended else info
     return {
         key: float(values[i])
         for key, values in source.items()
-        if not key.startswith("_")
-        and isinstance(values, np.ndarray)
+        if isinstance(values, np.ndarray)
         and values.ndim == 1
-        and values.dtype.kind in "bfiu"
+        and not key.startswith("_")
+        and (f"_{key}" not in source or source[f"_{key}"][i])
+        and isinstance(values[i], (bool, np.bool_, int, float, np.number))
     }

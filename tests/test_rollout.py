@@ -75,6 +75,31 @@ def test_no_reset_step_is_recorded_as_an_action_in_any_autoreset_mode(kind, mode
     check_true(episodes)
 
 
+class Terse(Line):
+    """Says whether it reached its end as NumPy's own bool, and when it has ended alone; some episodes have one step."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        obs, _ = super().reset(seed=seed, options=options)
+        self.end -= 2
+        return obs, {}
+
+    def step(self, action):
+        *seen, _ = super().step(action)
+        return *seen, {"is_success": np.bool_(seen[3])} if seen[2] or seen[3] else {}
+
+
+@pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_what_is_told_at_the_end_alone_is_recorded_in_any_autoreset_mode(kind, mode):
+    envs = kind([Terse] * 3, autoreset_mode=mode)
+    episodes = rollout(Remembering(), envs, 20, seed=5)
+    envs.close()
+    assert 1 in episodes.length and max(episodes.length) > 4
+    for i in range(len(episodes)):
+        e = episodes[i]
+        np.testing.assert_array_equal(e.info["is_success"], [0.0] * (len(e) - 1) + [float(e.truncated)])
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_episodes_are_those_of_their_seeds_with_1_or_4_environments(asynchronous):
     wanted = []

@@ -210,7 +210,7 @@ def from_list(episodes: Sequence[Episode], meta: Mapping[str, Any] | None = None
     """Join single episodes into flat arrays.
 
     Raises:
-        DatasetError: if there are none, or one of them has other names or rows than its actions want.
+        DatasetError: if there are none, or one of them has other names than the first, or rows than its actions want.
     """
     if not episodes:
         raise DatasetError("the dataset has zero episodes; give at least one episode of one step")
@@ -221,6 +221,11 @@ def from_list(episodes: Sequence[Episode], meta: Mapping[str, Any] | None = None
             raise DatasetError(
                 f"episode {i} has {len(e)} actions, {len(e.reward)} rewards and rows of observations {rows}; wanted "
                 f"a reward an action, and one row more of {sorted(first.obs)}: record what followed the last action"
+            )
+        if e.info.keys() != first.info.keys():
+            raise DatasetError(
+                f"episode {i} has info {sorted(e.info)}, the first {sorted(first.info)}; wanted the same names: leave "
+                "out, or fill in, what not all have"
             )
     return Episodes(
         obs={name: np.concatenate([e.obs[name] for e in episodes]) for name in first.obs},
