@@ -229,10 +229,12 @@ class RealTime(Strategy):
 class Bidirectional(Strategy):
     """Bidirectional decoding (Liu et al. 2024): of several samples the one nearest to the former chunk and likeliest.
 
-    With `|a - b|` the mean distance of two chunks over their actions from the first one to be executed on, and `K` the
-    `samples / modes` samples of least `backward`, of this policy and of a weak one (an early checkpoint):
+    With `|a - b|` the mean distance of two chunks, in physical units, over their actions from the first one to be
+    executed on, and `K` the `samples / modes` samples of least `backward`, of this policy and of a weak one (an early
+    checkpoint):
 
-        backward_i = sum_k decay^k |a_i,k - former_k| / sum_k decay^k          over the actions both know
+        backward_i = sum_k w_k |a_i,k - former_k| / sum_k w_k     over the actions both know, the next of them k = 0
+        w_k        = 1 for the `delay` actions that the robot does meanwhile, then decay^(k - delay)
         forward_i  = mean |a_i - a_j| over the K/2 nearest strong j  -  the same over the K/2 nearest weak j
         choice     = argmin over K of backward_i + forward_i
 
@@ -266,12 +268,12 @@ class Bidirectional(Strategy):
         """Weighted distance of each sample `(samples,)` to the former chunk; 0 where they share no action."""
         if former is None:
             return np.zeros(len(chunks))
-        shift, first = origin - former.origin, former.start + delay
+        shift, first = origin - former.origin, former.start
         both = len(former.actions) - shift - first
         if both <= 0:
             return np.zeros(len(chunks))
         distance = np.linalg.norm(chunks[:, first : first + both] - former.actions[first + shift :], axis=-1)
-        weights = self.decay ** np.arange(both)
+        weights = self.decay ** np.maximum(np.arange(both) - delay, 0)
         return distance @ weights / weights.sum()
 
 

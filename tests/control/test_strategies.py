@@ -130,11 +130,23 @@ def test_the_ensemble_weighs_with_exp_of_minus_m_i_oldest_first():
 def test_bidirectional_decoding_takes_the_sample_nearest_to_the_former_chunk_where_both_go_on():
     former = Chunk(np.arange(8.0)[:, None], origin=0, start=1, time=0.0)
     near, far = np.arange(3.0, 11.0)[:, None], np.arange(8.0)[:, None]
-    near[:3] += 100  # executed before the new chunk can be used: it does not count
+    near[:1] += 100  # history: it does not count
     assert Bidirectional().choose(np.stack([far, near]), former, origin=3, delay=2) == 1
     assert Bidirectional().choose(np.stack([near, far]), former, origin=3, delay=2) == 0
     assert Bidirectional().choose(np.stack([far, near]), None, origin=3, delay=2) == 0
     assert Bidirectional().choose(np.stack([far, near]), former, origin=9, delay=0) == 0
+
+
+def test_what_is_done_meanwhile_counts_in_full_in_bidirectional_decoding():
+    """Delay 3: three actions off by 1 weigh 3, the next 1, the one after it 1/2; the new chunk's own part nothing."""
+    former = Chunk(np.zeros((8, 1)), origin=0, start=0, time=0.0)
+    chunks = np.zeros((4, 8, 1))
+    chunks[0, :3], chunks[1, 3], chunks[2, 4], chunks[3, 5:] = 1.0, 1.0, 1.0, 9.0
+    distance = Bidirectional(decay=0.5)._backward(chunks, former, origin=3, delay=3)
+    np.testing.assert_allclose(distance, np.array([3, 1, 0.5, 0]) / 4.5)
+    assert (
+        Bidirectional().choose(chunks[[0, 3]], former, origin=5, delay=3) == 1
+    )  # all that both know is done meanwhile
 
 
 def test_the_first_actions_count_most_in_bidirectional_decoding():
@@ -228,7 +240,7 @@ def test_without_a_delay_the_synchronous_runner_writes_what_predict_does_to_the_
         RealTime(),
         RealTime(Pinned, hard, repeats=3),
         RealTime(partial(RealTimeChunk, beta=10.0)),
-        Bidirectional(4),
+        Bidirectional(16),
         Ensemble(),
     ],
     ids=["guided", "pinned", "guided_10", "bidirectional", "ensemble"],
