@@ -44,6 +44,9 @@ class TrainArgs:
     """A named part of the dataset, such as robomimic's train."""
     relabel: str | None = None
     """The task whose rewards are wanted, of OGBench's datasets."""
+    ends: str | None = None
+    """An info value such as next.success: who has it in the last step ended truly, and critics see its reward. For
+    LeRobot's datasets, which cannot tell."""
     task: str | None = None
     """Name of a task, for its presets, observation names and normalisation."""
     env: str | None = None
@@ -75,6 +78,8 @@ def train(argv: Sequence[str]) -> None:
         trusted(args.env, args.out)
     task = get_task(args.task)
     episodes = prepare(task, load(args.dataset, args.obs, args.part, args.relabel))
+    if args.ends is not None:
+        episodes = episodes.ended_by(args.ends)
     if args.env is not None:
         task = _elsewhere(task, args.env, episodes)
     play = _player(args.train, task)

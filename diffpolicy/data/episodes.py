@@ -168,6 +168,20 @@ class Episodes:
                 raise DatasetError(f"there is no observation {old!r} in the dataset; it has {sorted(self.obs)}")
         return replace(self, obs={new: self.obs[old] for new, old in names.items()})
 
+    def ended_by(self, name: str) -> "Episodes":
+        """Have those episodes end truly, too, in whose last step the info value `name` is not 0.
+
+        For formats that cannot tell how episodes end (LeRobot's `next.success`): critics then see the last reward, with
+        nothing after it.
+
+        Raises:
+            DatasetError: if there is no such value.
+        """
+        if name not in self.info:
+            raise DatasetError(f"there is no info value {name!r} in the dataset; it has {sorted(self.info)}")
+        ended = np.asarray(self.terminated) | (self.info[name][self.start + np.asarray(self.length) - 1] != 0)
+        return replace(self, terminated=ended, truncated=np.asarray(self.truncated) & ~ended)
+
     @cached_property
     def returns(self) -> np.ndarray:
         """Undiscounted return of each episode, `(E,)`."""

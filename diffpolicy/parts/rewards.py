@@ -43,11 +43,18 @@ def make_rewards(config: RewardConfig, episodes: Episodes) -> Episodes:
     """Return the episodes with their rewards as critics see them.
 
     Raises:
-        DatasetError: if every reward is 0, or the kind needs rewards that differ and they do not.
+        DatasetError: if every reward that critics see is 0, or the kind needs rewards that differ and they do not.
     """
     if not np.any(episodes.reward):
         raise DatasetError(
             "every reward is 0, so there is nothing to value; name the task whose rewards are wanted (--relabel, of "
             "OGBench's datasets), or imitate"
+        )
+    assert episodes.has_final is not None
+    unseen = (episodes.start + np.asarray(episodes.length) - 1)[~(episodes.has_final | episodes.terminated)]
+    if np.count_nonzero(episodes.reward) == np.count_nonzero(episodes.reward[unseen]):
+        raise DatasetError(
+            "every reward but 0 is in a last step that nothing recorded follows, so there is nothing to value; say "
+            f"which info value ends an episode (--ends, or Episodes.ended_by), of {sorted(episodes.info)}, or imitate"
         )
     return rewards.transformed(episodes, *reward_transform(config, episodes))

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from diffpolicy.data.episodes import Episode, Episodes, from_list
 from diffpolicy.data.rewards import returns_to_go
+from diffpolicy.data.spec import Spec
+from diffpolicy.data.windows import Windows
 from diffpolicy.errors import DatasetError
 from diffpolicy.parts import RewardConfig, make_rewards
 
@@ -56,3 +59,25 @@ def test_returns_to_go_by_hand_of_episodes_of_different_length_and_of_one_that_g
 def test_rewards_that_are_all_0_are_refused_as_nothing_to_value():
     with pytest.raises(DatasetError, match=r"every reward is 0.*--relabel"):
         make_rewards(RewardConfig(), episodes([0.0, 0.0], [0.0]))
+
+
+def test_a_reward_in_the_last_step_that_no_critic_would_see_is_refused_until_the_data_say_what_ends_an_episode():
+    """As LeRobot's demonstrations with a reward at success: nothing follows their last step, and no end is known."""
+    given = replace(
+        episodes([0.0, 0.0, 1.0], [0.0, 0.0]),
+        terminated=np.zeros(2, dtype=bool),
+        truncated=np.ones(2, dtype=bool),
+        has_final=np.zeros(2, dtype=bool),
+        info={"success": np.array([0.0, 0.0, 1.0, 0.0, 0.0])},
+    )
+    with pytest.raises(DatasetError, match=r"every reward but 0 is in a last step .*--ends.* of \['success'\]"):
+        make_rewards(RewardConfig(), given)
+    ended = given.ended_by("success")
+    assert (ended.terminated.tolist(), ended.truncated.tolist()) == ([True, False], [False, True])
+    spec = Spec.from_episodes(ended, horizon=1, n_obs_steps=1, n_action_steps=1)
+    windows = Windows(make_rewards(RewardConfig(), ended), spec, gamma=0.9, require_next=True)
+    batch = windows.gather(torch.arange(len(windows)))
+    np.testing.assert_allclose(batch.reward, [0, 0, 1, 0])
+    np.testing.assert_allclose(batch.discount, [0.9, 0.9, 0, 0.9])
+    with pytest.raises(DatasetError, match=r"no info value 'done' in the dataset; it has \['success'\]"):
+        given.ended_by("done")

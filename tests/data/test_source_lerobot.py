@@ -272,6 +272,49 @@ def test_further_actions_and_the_future_are_no_observations(tmp_path):
     assert data[1].obs["observation.state.left"].ravel().tolist() == [4, 5, 6, 7, 8, 9, 10, 10]
 
 
+def test_only_features_called_observation_are_observed_as_lerobots_policies_have_it(tmp_path):
+    path = copy(tmp_path / "data")
+    add_column(path, "is_episode_successful", "bool", [1], np.ones(N, bool))
+    add_column(path, "force", "float32", [1], np.arange(N, dtype=np.float32))
+    with pytest.warns(UserWarning, match="left out is_episode_successful, force, by their names no observations"):
+        assert sorted(source.load(path, Wanted()).obs) == ["observation.environment_state", "observation.state"]
+    assert read(path, obs=["force"])[1].obs["force"].ravel().tolist() == [4, 5, 6, 7, 8, 9, 10, 10]
+
+
+OUTCOMES = ("perfect_action", "action_dict.position", "actions.raw", "is_first", "is_terminal", "discount", "success")
+OUTCOMES += ("is_episode_successful", "complementary_info.discrete_penalty", "gripper.is_done", "next.state")
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_without_such_names_what_was_done_and_how_it_went_is_not_observed(tmp_path, name):
+    plain = {"observation.state": "state", "observation.environment_state": "interaction"}
+    path = rename(copy(tmp_path / "data"), plain)
+    add_column(path, name, "float32", [1], np.ones(N, np.float32))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert sorted(source.load(path, Wanted()).obs) == ["interaction", "state"]
+    assert [name in str(warning.message) for warning in caught] == ([] if name == "next.state" else [True])
+
+
+def test_state_actions_and_reward_as_other_converters_name_them_read_the_same(tmp_path):
+    """openpi's conversion of LIBERO writes `state` and `actions`, LeRobot's of DROID `reward`."""
+    whole = {"action": "actions", "next.reward": "reward", "observation.state": "state"}
+    path = rename(copy(tmp_path / "data"), whole | {"observation.environment_state": "environment"})
+    data, usual = read(path), read(FOLDER)
+    assert data.reward.any()
+    np.testing.assert_array_equal(data.action, usual.action)
+    np.testing.assert_array_equal(data.reward, usual.reward)
+    np.testing.assert_array_equal(data.obs["state"], usual.obs["observation.state"])
+    assert sorted(data.obs) == ["environment", "state"]
+
+
+def rename(folder: Path, names: dict[str, str]) -> Path:
+    """Rename features in info.json and in the rows."""
+    features = json.loads((folder / "meta" / "info.json").read_text())["features"]
+    change_info(folder, features={old: None for old in names} | {new: features[old] for old, new in names.items()})
+    return change_rows(folder, lambda table: table.rename_columns([names.get(n, n) for n in table.column_names]))
+
+
 def test_a_table_a_row_is_flattened_and_an_image_of_numbers_read_only_when_asked_for(tmp_path):
     path, image = copy(tmp_path / "data"), np.arange(N * 8, dtype=np.uint8).reshape(N, 2, 2, 2)
     add_column(path, "observation.grid", "uint8", [2, 4], [row.reshape(2, 4).tolist() for row in image])

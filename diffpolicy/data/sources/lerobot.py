@@ -4,11 +4,13 @@
     v2.0, v2.1              meta/episodes.jsonl, tasks.jsonl      data/chunk-000/episode_000000.parquet, one an episode
     v3.0                    meta/episodes/, meta/tasks.parquet    data/chunk-000/file-000.parquet, episodes concatenated
 
-`action` is the action and `next.reward` the reward (zeros without it); `timestamp`, `task_index`, `next.done` and
-`next.success` go to info; every other feature of numbers is an observation under its own name, but those of the future
-(`next.*`) and further actions (`action.*`). Video, images and text are left out with a warning. `next.done` is true in
-an episode's last row whatever ended it, and a success need not end one: the format cannot tell, so `terminated` is
-False throughout. The observation after the last action is not recorded.
+`action` (or `actions`) is the action and `next.reward` (or `reward`) the reward, zeros without it; `timestamp`,
+`task_index`, `next.done` and `next.success` go to info. Observations are the features of numbers whose names begin with
+`observation`, as LeRobot's own policies have it; where there are none, all but those of the future (`next.*`) and those
+that tell by their names what was done and how it went, such as `is_terminal` and `action_dict.position`. What is left
+out, video, images and text among it, is named in a warning; other features of numbers can be asked for by name.
+`next.done` is true in an episode's last row whatever ended it, and a success need not end one: the format cannot tell,
+so `terminated` is False throughout. The observation after the last action is not recorded.
 
 Files are found by their folder, never by the templates of info.json, and each row must say that it is the row that its
 place makes it.
@@ -33,8 +35,12 @@ from diffpolicy.errors import DatasetError
 OLD_INFO = "meta_data/info.json"
 ORDER = ("episode_index", "frame_index")
 PER_STEP = ("timestamp", "task_index", "next.done", "next.success")
-NOT_OBSERVED = ("action", "index", *ORDER, *PER_STEP)
+ACTIONS, REWARDS = ("action", "actions"), ("next.reward", "reward")
+NOT_OBSERVED = ("index", *ACTIONS, *ORDER, *PER_STEP)
 NOT_OBSERVED_PREFIXES = ("action.", "next.")
+OBSERVED_PREFIX = "observation"
+OUTCOME = re.compile(r"(^|[._])(actions?|rewards?|return|done|success\w*|\w*successful|terminal|discount|is)([._]|$)")
+OUTCOME_PREFIX = "complementary_info"
 
 
 @dataclass(frozen=True)
@@ -178,13 +184,14 @@ def _feature(path: Path, name: str, declared: Mapping[str, Any]) -> Feature:
 def _columns(info: _Info, wanted: Wanted) -> dict[str, Feature]:
     """Features to read, by the name of the array that each fills."""
     features = info.features
-    if missing := [name for name in ("action", *ORDER) if name not in features]:
+    action, reward = (next((n for n in names if n in features), names[0]) for names in (ACTIONS, REWARDS))
+    if missing := [name for name in (action, *ORDER) if name not in features]:
         raise info.wrong(f"has no feature {missing[0]} of numbers; it has {sorted([*features, *info.others])}: add it")
-    if len(features["action"].shape) != 1:
-        raise info.wrong(f"has actions of shape {features['action'].shape}; wanted a flat row: reshape them")
+    if len(features[action].shape) != 1:
+        raise info.wrong(f"has actions of shape {features[action].shape}; wanted a flat row: reshape them")
     columns = {f"obs/{name}": features[name] for name in _observations(info, wanted)}
-    columns["action"] = features["action"]
-    single = {"next.reward": "reward", **{name: f"info/{name}" for name in PER_STEP}, **{name: name for name in ORDER}}
+    columns["action"] = features[action]
+    single = {reward: "reward", **{name: f"info/{name}" for name in PER_STEP}, **{name: name for name in ORDER}}
     for name in (name for name in single if name in features):
         if features[name].shape != (1,):
             raise info.wrong(f"has {name} of shape {features[name].shape}; wanted one number a row: correct it")
@@ -193,7 +200,7 @@ def _columns(info: _Info, wanted: Wanted) -> dict[str, Feature]:
 
 
 def _observations(info: _Info, wanted: Wanted) -> list[str]:
-    """Names of the observations to read; one warning names all that cannot be, unless the caller names observations."""
+    """Names of the observations to read; one warning names what is left out, unless the caller names observations."""
     shapes = {
         name: feature.shape
         for name, feature in info.features.items()
@@ -206,9 +213,19 @@ def _observations(info: _Info, wanted: Wanted) -> list[str]:
         )
     if not shapes:
         raise info.wrong(f"has no observations of numbers, only {left_out or 'actions'}; this version reads numbers")
-    if left_out and wanted.obs is None:
+    if wanted.obs is not None:
+        return wanted.choose(shapes)
+    given = [name for name in shapes if name.startswith(OBSERVED_PREFIX)]
+    given = given or [name for name in shapes if not (OUTCOME.search(name) or name.startswith(OUTCOME_PREFIX))]
+    if left_out:
         warnings.warn(f"{info.path}: left out {left_out}; this version reads numbers only", stacklevel=4)
-    return wanted.choose(shapes)
+    if others := [name for name in shapes if name not in given and name not in REWARDS]:
+        warnings.warn(
+            f"{info.path}: left out {', '.join(others)}, by their names no observations; name them to read them, "
+            "load(..., obs=[...]) or --obs",
+            stacklevel=4,
+        )
+    return wanted.choose({name: shapes[name] for name in given})
 
 
 def _lengths(info: _Info) -> np.ndarray:
