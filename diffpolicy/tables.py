@@ -72,11 +72,13 @@ AGENTS: dict[str, Algorithm] = {
 }
 
 
-# Names of the ways of joining chunks whose plans come late; `rtc` is real-time chunking (Black et al. 2025).
+# Names of the ways of joining chunks whose plans come late; `rtc` is real-time chunking as Black et al. (2025) set it,
+# `rtc-guided` the same with the guidance that brings Push-T's chunks nearest.
 STRATEGIES: dict[str, Strategy] = {
     "synchronous": Synchronous(),
     "switch": Switch(),
     "ensemble": Ensemble(),
+    "rtc": RealTime(RealTimeChunk, exponential),
     "rtc-hard": RealTime(Pinned, hard),
     "rtc-soft": RealTime(Pinned, linear),
     "rtc-guided": RealTime(partial(RealTimeChunk, beta=50.0, variance=Spread(0.1)), exponential),

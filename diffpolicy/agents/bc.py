@@ -31,5 +31,7 @@ class Bc(Imitation[BcConfig]):
 #   1. times are continuous in (0, 1] and stratified over the batch, not one of 100; at t = (k+1)/100 all is equal;
 #   2. padded actions do not count in the loss; the original trains on the repeated last action;
 #   3. the gradient's norm is clipped;
-#   4. validation holds out the fraction of episodes asked for; the original's held out all but its 90;
-#   5. the averaged weights' counter is saved, so a resumed run continues the average.
+#   4. windows begin at every step of an episode; the original's last begins n_action_steps - 1 before the last that
+#      its horizon fits in;
+#   5. validation holds out the fraction of episodes asked for; the original's held out all but its 90;
+#   6. the averaged weights' counter is saved, so a resumed run continues the average.

@@ -37,7 +37,7 @@ class LateArgs:
     """--real-time: control steps a second; those of the data, else of the environment, if not given."""
     strategy: tuple[str, ...] = ()
     """How chunks are joined: synchronous (the last action repeats until the next chunk is there), switch, ensemble,
-    rtc-hard, rtc-soft, rtc-guided, rtc-blended, rtc-trained, bid; several are compared."""
+    rtc, rtc-hard, rtc-soft, rtc-guided, rtc-blended, rtc-trained, bid; several are compared."""
     weak: Path | None = None
     """bid: a run of a worse policy, such as one stopped early, for its forward half."""
     resume: bool = False

@@ -169,7 +169,8 @@ class Switch(Strategy):
 class Ensemble(Strategy):
     """Temporal ensembling (Zhao et al. 2023): plan without pause, average all chunks that know an action.
 
-    The weight of the `i`-th, oldest first, is `exp(-decay i) / sum`. Two ways round an obstacle average into it.
+    The weight of the `i`-th, oldest first, is `exp(-decay i) / sum`; of the newest `keeps`, where the original keeps
+    all. Two ways round an obstacle average into it.
     """
 
     decay: float = 0.01
@@ -192,7 +193,8 @@ class Ensemble(Strategy):
 class RealTime(Strategy):
     """Real-time chunking (Black et al. 2025): a chunk is planned to agree with the rest of the one being executed.
 
-    The actions that will be executed while it is planned are frozen; those after them count less and less.
+    The actions that will be executed while it is planned count in full (`Pinned` and `Trained` keep them, guidance
+    comes near them), those after them less and less. `RealTime(decay=exponential)` has the original's settings.
 
     Args:
         guide: `RealTimeChunk` (guided through the Jacobian), `Pinned` (inpainting), either with options by `partial`,
@@ -238,7 +240,8 @@ class Bidirectional(Strategy):
         forward_i  = mean |a_i - a_j| over the K/2 nearest strong j  -  the same over the K/2 nearest weak j
         choice     = argmin over K of backward_i + forward_i
 
-    Without a weak policy there is no forward half, and the choice is the least backward one.
+    Without a weak policy there is no forward half, and the choice is the least backward one; the original keeps the
+    half of `forward` that compares strong samples. Before the first chunk it compares all samples, here `K` of them.
     """
 
     samples: int = 16

@@ -118,12 +118,13 @@ class Pinned(Denoiser):
     """Inpainting: the estimate is replaced by what is known, in full where the weight is 1, in part below.
 
     A chunk sampled to the end equals `chunk` to the bit where the weight is 1. With the samplers here this is the
-    replacement method of Song et al. (2021, app. I.2): the known part of `x_t` is `alpha Y + sigma eps` at every `t`.
-    It is biased: what is free sees what is known through its noise, too late to follow it. On a Gaussian of 8 actions
-    whose neighbours correlate by 0.9, with the first 3 pinned, the mean of the other 5 misses the true conditional
-    mean by 0.54 of the way it should go (`cosine`, DDPM, 20 steps). Taking each step 2, 4, 16 and 64 times with noise
-    put back between (`repeats` of `sample`; RePaint, Lugmayr et al. 2022) leaves 0.39, 0.24, 0.11 and 0.06, with half
-    of the true variance at the end; `RealTimeChunk` leaves 0.27 in one pass (0.38 with DDIM).
+    replacement method of Song et al. (2021, app. I.2): the known part of `x_t` is `alpha Y + sigma eps` at every `t`,
+    with fresh noise at each step in theirs and in DDPM, with one `eps` throughout in DDIM. It is biased: what is free
+    sees what is known through its noise, too late to follow it. On a Gaussian of 8 actions whose neighbours correlate
+    by 0.9, with the first 3 pinned, the mean of the other 5 misses the true conditional mean by 0.54 of the way it
+    should go (`cosine`, DDPM, 20 steps). Taking each step 2, 4, 16 and 64 times with noise put back between (`repeats`
+    of `sample`; RePaint, Lugmayr et al. 2022) leaves 0.39, 0.24, 0.11 and 0.06, with half of the true variance at the
+    end; `RealTimeChunk` leaves 0.27 in one pass (0.38 with DDIM).
 
     Args:
         denoiser: of free chunks.
@@ -147,8 +148,9 @@ class Pinned(Denoiser):
 class Spread:
     """`Var[x | x_t]` of data of standard deviation `std`: `r^2 = sigma^2 std^2 / (alpha^2 std^2 + sigma^2)`.
 
-    1 is that of Black et al. (2025, eq. 4). What matters is the spread of the chunks that one observation leaves open,
-    in the unit box: it is less than 1, and then more guidance is right.
+    1 is that of Black et al. (2025, eq. 4), others are A. Soare's (2025), whose largest weight is the number of steps.
+    What matters is the spread of the chunks that one observation leaves open, in the unit box: it is less than 1, and
+    then more guidance is right.
     """
 
     std: float = 1.0
@@ -175,8 +177,8 @@ class RealTimeChunk(Denoiser):
             border, as a share of the action's range, is 0.118 without a prefix, and 0.066 with DDIM in 10 steps
             (0.059 with DDPM in 20) as it stands here, 0.043 (0.028) with `beta` 50 and `Spread(0.3)`, 0.025 (0.012)
             with `Spread(0.1)`; below that it grows again.
-        jacobian: False takes the identity for the Jacobian, as some implementations do: no derivative, but nothing
-            free moves. For comparison only.
+        jacobian: False takes the identity for the Jacobian, as LeRobot's does: no derivative, but what is free follows
+            through the next evaluations alone, and a large `beta` diverges. For comparison only.
     """
 
     def __init__(

@@ -4,7 +4,8 @@
     mask 1 1 1 0 0 0 0 0 0 0     one channel more
 
 A network speaks to all positions of a chunk with one time; here that is the time of what is not clean, and the mask
-says where it does not hold (Black et al. 2025, arXiv 2512.05964, give each action its own time in a transformer).
+says where it does not hold (Black et al. 2025, arXiv 2512.05964, give each action its own time). Lengths of prefixes
+are equally likely in training; in their simulations short ones are e times as likely as those one longer.
 """
 
 import torch
