@@ -1,7 +1,12 @@
 """Reward transforms, `r -> scale r + shift`: critics learn best from returns of a size that networks start at.
 
-Published settings (`kind`, then `scale`, `shift`): MuJoCo `return_range` (Kostrikov et al. 2022) or `plain`; AntMaze
-`plain, 1, -1` or `plain, 4, -2`; Adroit `standard`.
+Published settings (`kind`, then `scale`, `shift`), as the authors' code has them:
+
+                                     IQL (Kostrikov et al. 2022)    Diffusion-QL (Wang et al. 2023)
+    halfcheetah, hopper, walker2d    return_range                   plain
+    AntMaze                          plain, 1, -1                   plain, 4, -2
+    Adroit                           plain                          standard for pen, no other is trained
+    Kitchen                          plain                          plain
 
 Also what returns say: what followed each step, and which episodes training draws more often.
 """

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import urllib.request
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -59,6 +60,33 @@ def test_a_name_finds_its_file_in_d4rls_cache_folder_and_its_reference_scores(tm
     assert data.meta == {"source": "d4rl", "file": file, "dropped_steps": 0, "dataset": name, "reference": name}
     assert name in reference_scores()
     assert [p for p in path.parent.iterdir()] == cached
+
+
+ANTMAZE = "Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse"
+
+
+def write_walk(path: Path, ends: list[int]) -> Path:
+    """Six steps of an ant that is put elsewhere after the third; `ends` are the rows marked as timeouts."""
+    path.parent.mkdir()
+    place = np.array([[0, 0], [0.5, 0], [1, 0], [20, 20], [20, 20.5], [20, 21]], dtype=np.float32)
+    with h5py.File(path, "w") as file:
+        file["observations"] = np.concatenate([place, 100 * np.random.default_rng(0).normal(size=(6, 3))], axis=1)
+        file["actions"], file["rewards"] = np.zeros((6, 2), np.float32), np.zeros(6)
+        file["terminals"], file["timeouts"] = np.zeros(6, bool), np.isin(np.arange(6), ends)
+    return path
+
+
+def test_an_antmaze_with_a_jump_within_an_episode_warns_of_timeouts_out_of_step(tmp_path):
+    write_walk(tmp_path / "cache" / f"{ANTMAZE}.hdf5", ends=[3, 5])  # one row late
+    with pytest.warns(UserWarning, match=r"diverse-v0: in 1 of 6 steps the ant jumps .*issue 77 .*; take v2"):
+        assert load("d4rl:antmaze-medium-diverse-v0").length.tolist() == [4, 2]
+
+
+def test_an_antmaze_whose_ends_are_where_the_ant_jumps_comes_without_a_warning(tmp_path):
+    write_walk(tmp_path / "cache" / f"{ANTMAZE}_fixed.hdf5", ends=[2, 5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load("d4rl:antmaze-medium-diverse-v2").length.tolist() == [3, 3]
 
 
 def test_a_dataset_without_reference_scores_says_nothing_of_them(tmp_path):

@@ -1,6 +1,7 @@
 """robomimic's layout, as its documentation describes it: files written here, and what is refused."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from diffpolicy.errors import DatasetError
 
 ENV_ARGS = {
     "env_name": "Lift",
-    "env_type": 1,
+    "type": 1,
     "env_kwargs": {"control_freq": 20, "controller_configs": {"type": "OSC_POSE", "control_delta": True}},
 }
 LENGTHS = {"demo_10": 2, "demo_2": 3, "demo_0": 4}
@@ -196,11 +197,168 @@ def test_the_metadata_name_the_environment_20_hertz_and_delta_actions(tmp_path):
     ],
 )
 def test_both_generations_of_controllers_tell_whether_actions_are_deltas(tmp_path, config, delta):
-    arguments = {"env_name": "Lift", "env_type": 4, "env_kwargs": {"controller_configs": config}}
+    arguments = {"env_name": "Lift", "type": 1, "env_kwargs": {"controller_configs": config}}
     meta = load(write(tmp_path / "demos.hdf5", env_args=json.dumps(arguments))).meta
     assert meta.get("control_delta") is delta
-    assert meta["env_type"] == "4"
     assert "control_period" not in meta
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        ({"type": 1}, "robosuite"),
+        ({"type": 2}, "gym"),
+        ({"type": 4}, "4"),
+        ({"env_type": 2}, "gym"),
+        ({"type": 1, "env_type": 2}, "robosuite"),
+        ({}, None),
+    ],
+)
+def test_the_kind_of_environment_is_read_as_robomimic_serialises_it_and_by_its_former_name(tmp_path, given, known):
+    path = write(tmp_path / "demos.hdf5", env_args=json.dumps({"env_name": "Lift", "env_kwargs": {}, **given}))
+    assert load(path).meta.get("env_type") == known
+
+
+LIBERO_ATTRIBUTES = {
+    "bddl_file_name": "libero/bddl_files/open_the_drawer.bddl",
+    "macros_image_convention": "opengl",
+    "env_args": json.dumps({"type": 1, "env_name": "Libero_Tabletop", "env_kwargs": {"control_freq": 20}}),
+}
+LEFT_OUT = 5
+
+
+class Adder:
+    """An environment whose observation is the sum of all actions so far."""
+
+    def __init__(self) -> None:
+        self.sum = np.zeros(2)
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        self.sum = self.sum + action
+        return self.sum
+
+
+def played_by_libero(actions: np.ndarray) -> Arrays:
+    """A demonstration as the loop of LIBERO's create_dataset.py appends it."""
+    env, kept, sums = Adder(), [], []
+    for j, action in enumerate(actions):
+        obs = env.step(action)
+        if j < LEFT_OUT:
+            continue
+        kept.append(j)
+        sums.append(obs)
+    last = (np.arange(len(kept)) == len(kept) - 1).astype(np.uint8)
+    seen = {"obs/sum": np.stack(sums), "obs/image": np.stack([np.full((2, 2, 3), j, np.uint8) for j in kept])}
+    return {"actions": actions[kept], "rewards": last, "dones": last, "states": np.ones((len(kept), 7)), **seen}
+
+
+def libero_demos(**lengths: int) -> tuple[dict[str, np.ndarray], dict[str, Arrays]]:
+    """Actions in whole numbers, so that sums are exact, and the demonstrations LIBERO makes of them."""
+    rng = np.random.default_rng(0)
+    actions = {name: rng.integers(-9, 9, size=(steps, 2)).astype(np.float64) for name, steps in lengths.items()}
+    return actions, {name: played_by_libero(array) for name, array in actions.items()}
+
+
+def test_in_a_libero_file_each_action_leads_from_its_observation_to_the_next_and_the_last_one_is_final(tmp_path):
+    actions, demos = libero_demos(demo_0=12, demo_1=9)
+    data = load(write(tmp_path / "libero.hdf5", demos, **LIBERO_ATTRIBUTES), obs=["sum", "image"])
+    assert data.length.tolist() == [6, 3]  # 7 and 4 rows
+    for i, name in enumerate(demos):
+        episode, whole = data[i], actions[name]
+        np.testing.assert_array_equal(episode.obs["sum"][0], whole[: LEFT_OUT + 1].sum(axis=0))
+        np.testing.assert_array_equal(np.diff(episode.obs["sum"], axis=0), episode.action)
+        np.testing.assert_array_equal(episode.obs["sum"][-1], whole.sum(axis=0))
+        np.testing.assert_array_equal(episode.action, whole[LEFT_OUT + 1 :])
+        assert episode.obs["image"][:, 0, 0, 0].tolist() == list(range(LEFT_OUT, len(whole)))
+    assert data.reward.tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 1]
+    assert data.info["mask"].tolist() == [True] * 5 + [False] + [True] * 2 + [False]
+    assert data.has_final is not None
+    assert (data.terminated.all(), data.truncated.any(), data.has_final.all()) == (True, False, True)
+    assert data.meta["aligned"] == "LIBERO: observations follow their actions, each episode's first action left out"
+    assert (data.meta["env_type"], data.meta["control_period"]) == ("robosuite", 0.05)
+
+
+def test_dones_and_rewards_of_a_libero_file_stay_with_their_actions(tmp_path):
+    _, demos = libero_demos(demo_0=10)
+    demos["demo_0"] |= {"rewards": np.array([9, 1, 2, 3, 4]), "dones": np.array([1, 0, 1, 0, 0])}
+    data = load(write(tmp_path / "libero.hdf5", demos, **LIBERO_ATTRIBUTES))
+    np.testing.assert_array_equal(data.action, demos["demo_0"]["actions"][1:])
+    assert data.reward.tolist() == [1, 2, 3, 4]
+    assert data.info["mask"].tolist() == [True, False, True, True]
+    assert (data.terminated.tolist(), data.truncated.tolist()) == ([False], [True])
+
+
+def test_a_libero_file_read_row_by_row_into_a_store_is_the_same_and_so_is_a_part_of_it(tmp_path, monkeypatch):
+    _, demos = libero_demos(demo_0=12, demo_1=9, demo_2=10)
+    masks = {"valid": np.array([b"demo_2", b"demo_0"])}
+    path = write(tmp_path / "libero.hdf5", demos, masks, **LIBERO_ATTRIBUTES)
+    whole = load(path)
+    assert_same(load(path, part="valid"), whole.select([0, 2]))
+    monkeypatch.setattr("diffpolicy.data.sources.reading.BLOCK_BYTES", 1)
+    with store.writing(tmp_path / "store") as folder:
+        folder.finish(load_wanted(path, replace(Wanted(), allocate=folder.allocate)))
+    assert_same(load(tmp_path / "store"), whole)
+
+
+def test_a_libero_file_takes_the_memory_of_its_rows_but_the_first_actions(tmp_path):
+    _, demos = libero_demos(demo_0=12, demo_1=9)
+    path = write(tmp_path / "libero.hdf5", demos, **LIBERO_ATTRIBUTES)
+    rows, actions = 7 + 4, 6 + 3
+    needed = rows * 2 * 8 + actions * (2 * 8 + 1 + 1)
+    assert load(path, max_bytes=needed).steps == actions
+    with pytest.raises(DatasetError, match="may be taken"):
+        load(path, max_bytes=needed - 1)
+
+
+def test_a_libero_demonstration_of_one_row_is_refused_unless_the_part_is_without_it(tmp_path):
+    _, demos = libero_demos(demo_0=12, demo_1=6)
+    path = write(tmp_path / "libero.hdf5", demos, {"long": np.array([b"demo_0"])}, **LIBERO_ATTRIBUTES)
+    assert refused(path) == (
+        "PATH: data/demo_1 has 1 step, and LIBERO records no observation before the first; wanted at least 2: leave it "
+        "out"
+    )
+    assert load(path, part="long").length.tolist() == [6]
+
+
+@pytest.mark.parametrize("missing", ["bddl_file_name", "macros_image_convention"])
+def test_without_one_of_liberos_attributes_observations_come_before_their_actions_as_in_robomimic(tmp_path, missing):
+    _, demos = libero_demos(demo_0=12)
+    data = load(write(tmp_path / "demos.hdf5", demos, **{**LIBERO_ATTRIBUTES, missing: None}))
+    np.testing.assert_array_equal(data.obs["sum"][:-1], demos["demo_0"]["obs/sum"])
+    np.testing.assert_array_equal(data.action, demos["demo_0"]["actions"])
+    assert data.has_final is not None
+    assert ("aligned" in data.meta, data.has_final.any()) == (False, False)
+
+
+def test_a_file_with_liberos_attributes_and_next_obs_says_itself_what_came_before_and_after(tmp_path):
+    data = load(write(tmp_path / "demos.hdf5", **LIBERO_ATTRIBUTES))
+    assert_same(data, expected())
+    assert "aligned" not in data.meta
+
+
+def converted_from_d4rl(path: Path, repeated: bool = True, **arguments: object) -> Path:
+    """As robomimic's convert_d4rl.py writes a timeout: a done, and the last observation again."""
+    demos = {}
+    for name, demo in make_demos().items():
+        rows = demo["obs/eef"]
+        after = np.concatenate([rows[1:], rows[-1:] if repeated else rows[-1:] + 1])
+        demos[name] = {**{key: demo[key] for key in ("actions", "rewards", "dones")}, "obs/flat": rows}
+        demos[name]["next_obs/flat"] = after
+    return write(path, demos, env_args=json.dumps({"env_name": "hopper-medium-v2", "type": 2, **arguments}))
+
+
+def test_a_file_of_robomimics_convert_d4rl_warns_that_its_ends_may_be_timeouts(tmp_path):
+    path = converted_from_d4rl(tmp_path / "hopper.hdf5")
+    with pytest.warns(UserWarning, match=r"hopper\.hdf5: every episode ends with a done .* read D4RL's own file"):
+        data = load(path)
+    assert data.terminated.all()
+
+
+def test_a_file_whose_last_observations_are_true_or_of_another_simulator_comes_without_that_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(converted_from_d4rl(tmp_path / "true.hdf5", repeated=False))
+        load(converted_from_d4rl(tmp_path / "robosuite.hdf5", type=1))
 
 
 def test_without_env_args_and_counts_the_arrays_speak_for_themselves(tmp_path):

@@ -91,6 +91,32 @@ def test_images_are_left_out_unless_asked_for(tmp_path):
         load(path, obs=["image"])
 
 
+def test_the_timestamp_and_stage_of_a_real_robots_recorder_are_info_unless_asked_for(tmp_path):
+    """real_env.py adds them to its episodes: seconds since 1970 in float64, and a whole number."""
+    time, stage = 1.7e9 + np.arange(7) / 10, np.array([0, 0, 1, 0, 1, 1, 2])
+    path = make_buffer(tmp_path / "buffer", timestamp=time, stage=stage)
+    data = load(path)
+    assert list(data.obs) == ["state"]
+    assert list(data.info) == ["timestamp", "stage"]
+    np.testing.assert_array_equal(data.info["timestamp"], time)
+    np.testing.assert_array_equal(data.info["stage"], stage)
+    assert (data.info["timestamp"].dtype, data.info["stage"].dtype) == (np.float64, np.int64)
+    np.testing.assert_array_equal(data[1].info["timestamp"], time[3:])
+    asked = load(path, obs=["state", "stage"])
+    assert (list(asked.obs), list(asked.info)) == (["state", "stage"], ["timestamp"])
+    assert asked.obs["stage"].ravel().tolist() == [0, 0, 1, 1, 0, 1, 1, 2, 2]
+
+
+def test_a_buffer_with_nothing_but_timestamps_beside_its_actions_has_no_observations(tmp_path):
+    with pytest.raises(DatasetError, match="no observations; wanted at least one"):
+        load(make_buffer(tmp_path / "buffer", state=None, timestamp=np.arange(7.0)))
+
+
+def test_a_timestamp_of_other_rows_than_the_episodes_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="data/timestamp has 6 rows, the episodes end at 7"):
+        load(make_buffer(tmp_path / "buffer", timestamp=np.arange(6.0)))
+
+
 def test_images_of_floats_from_0_to_255_become_uint8_and_others_are_refused(tmp_path):
     image = np.arange(7 * 2 * 2 * 3, dtype=np.float32).reshape(7, 2, 2, 3)
     data = load(make_buffer(tmp_path / "buffer", img=image), obs=["img"])

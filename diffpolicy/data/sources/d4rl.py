@@ -6,6 +6,11 @@ has unknown last observations, which bootstrapping then leaves out, as `d4rl.qle
 Without `timeouts` only terminals end an episode: D4RL's functions then count to the environment's time limit, which
 no file holds.
 
+Ends are what the file says they are. Kitchen's generator marks the last row of every demonstration terminal, whatever
+happened there, and no timeouts: ends of recordings read as true ends. AntMaze v0 has timeouts out of step with the
+ant's resets (Farama-Foundation/D4RL, issue 77, names umaze-diverse and medium-diverse), so that episodes go on across
+jumps; D4RL made v2 to mend that. By their names (`d4rl:antmaze-...`) such datasets come with a warning.
+
 Differences from `d4rl.qlearning_dataset`: a timeout whose next observation is known is kept; a row that is a terminal
 and a timeout is kept, as a terminal; the last row of the file is kept; an unfinished last episode is not.
 """

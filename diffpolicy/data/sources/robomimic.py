@@ -1,6 +1,6 @@
 """robomimic's HDF5 layout (Mandlekar et al. 2021), which MimicGen and LIBERO use as well.
 
-    data            attributes env_args (JSON: env_name, env_type, env_kwargs), total
+    data            attributes env_args (JSON: env_name, type, env_kwargs), total
       demo_0        attribute num_samples
         actions (L, Da)   rewards (L,)   dones (L,)   obs/<name> (L, ...)   next_obs/<name> (L, ...), maybe
       demo_1 ...    in the order of their numbers
@@ -14,7 +14,21 @@ read only when named.
 step is done; and since dones may come earlier, `info` gets a `mask (N,)`, False at each of them. What a done means is
 the writer's choice, which the file does not tell (`done_mode` of robomimic's `dataset_states_to_obs.py`): 0, each step
 that leads to a success, of which there are often several before the demonstrator stops; 1, the end of each
-demonstration, whether it succeeded or not; 2, both, as in robomimic's own datasets.
+demonstration, whether it succeeded or not; 2, both. robomimic's own datasets have 0 where a machine acted (MG), 2 where
+people did (PH, MH). LIBERO's have 1, and a reward of 1 there, whatever happened.
+
+robomimic's `convert_d4rl.py` writes D4RL's timeouts as dones and repeats each last observation in `next_obs`; both are
+read as they stand. Such a file (a gym environment, the one observation `flat`, every last one repeated) comes with a
+warning: D4RL's own file tells timeouts from terminals.
+
+LIBERO (Liu et al. 2023), whose `create_dataset.py` appends what `env.step(action)` returned beside that action:
+
+    rows in the file    robomimic  o0 a0 r0  o1 a1 r1 ...  obs i came before action i
+                        LIBERO     a5 r5 o6  a6 r6 o7 ...  obs i came after it, and the first five steps are left out
+
+A file with both of the attributes `bddl_file_name` and `macros_image_convention` and without `next_obs` is LIBERO's. Of
+its L rows come L-1 actions, rewards and dones, the first ones left out, and L observations, of which the last is known
+to follow the last action. `meta` says so as `aligned`.
 
 `meta` gets `control_delta` where the controller's configuration tells whether actions are deltas. Files that were
 converted to absolute actions without changing `env_args` still say that they are.
@@ -22,6 +36,7 @@ converted to absolute actions without changing `env_args` still say that they ar
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +54,8 @@ LAYOUT = "robomimic's data/demo_<n> with actions and obs"
 DEMO = re.compile(r"demo_([0-9]{1,15})")
 ENV_TYPES = {1: "robosuite", 2: "gym"}
 SCALARS = ("rewards", "dones")
+LIBERO = ("bddl_file_name", "macros_image_convention")
+ALIGNED = "LIBERO: observations follow their actions, each episode's first action left out"
 NAME_BYTES = 256
 PACKED_NAMES = 64 << 10
 
@@ -61,23 +78,33 @@ def load(path: Path, wanted: Wanted) -> Episodes:
         _check_counts(path, data, every)
         names = every if wanted.part is None else _part(path, file, every, wanted.part)
         observed = wanted.choose(_shapes(path, data, names[0]))
-        demos = [_demo(path, data, name, observed) for name in names]
+        follow = all(name in data.attrs for name in LIBERO) and not any(
+            "next_obs" in hdf5.group(path, data, name, LAYOUT) for name in every
+        )
+        demos = [_demo(path, data, name, observed, skip=int(follow)) for name in names]
         _check_alike(path, demos)
         meta = {"source": "robomimic-hdf5", "file": path.name, **_environment(path, data)}
-        return _read(demos, wanted, meta if wanted.part is None else {**meta, "part": wanted.part})
+        meta |= {"aligned": ALIGNED} if follow else {}
+        episodes = _read(demos, wanted, meta if wanted.part is None else {**meta, "part": wanted.part})
+    _warn_of_timeouts(path, episodes)
+    return episodes
 
 
 @dataclass(frozen=True)
 class _Demo:
-    """One demonstration, its arrays looked at but not read; `next_obs` is empty where it is absent."""
+    """One demonstration, its arrays looked at but not read; `next_obs` is empty where it is absent.
+
+    The first `skip` rows of its arrays came before its first observation. Its length is without them.
+    """
 
     name: str
     arrays: Mapping[str, h5py.Dataset]
     obs: Mapping[str, h5py.Dataset]
     next_obs: Mapping[str, h5py.Dataset]
+    skip: int = 0
 
     def __len__(self) -> int:
-        return len(self.arrays["actions"])
+        return len(self.arrays["actions"]) - self.skip
 
     def rows(self) -> dict[str, str]:
         """Shape of one row of each array, to compare and to show."""
@@ -157,12 +184,17 @@ def _shapes(path: Path, data: h5py.Group, name: str) -> dict[str, tuple[int, ...
     return {key: hdf5.dataset(path, obs, key, LAYOUT).shape[1:] for key in map(str, obs)}
 
 
-def _demo(path: Path, data: h5py.Group, name: str, observed: Sequence[str]) -> _Demo:
+def _demo(path: Path, data: h5py.Group, name: str, observed: Sequence[str], skip: int) -> _Demo:
     demo = hdf5.group(path, data, name, LAYOUT)
     arrays = {key: hdf5.dataset(path, demo, key, LAYOUT) for key in ("actions", *SCALARS) if key in demo}
     obs = _arrays(path, demo, "obs", observed)
     next_obs = _arrays(path, demo, "next_obs", observed) if "next_obs" in demo else {}
     steps = len(arrays["actions"])
+    if steps <= skip:
+        raise DatasetError(
+            f"{path}: data/{name} has {steps} step, and LIBERO records no observation before the first; wanted at "
+            "least 2: leave it out"
+        )
     hdf5.check_rows(path, [*arrays.values(), *obs.values(), *next_obs.values()], steps, "one an action")
     for key in SCALARS:
         if key in arrays and arrays[key].size != steps:
@@ -172,7 +204,7 @@ def _demo(path: Path, data: h5py.Group, name: str, observed: Sequence[str]) -> _
     for key, item in next_obs.items():
         if item.shape != obs[key].shape:
             raise DatasetError(f"{path}: {item.name} has shape {item.shape}; wanted {obs[key].shape}, as in obs")
-    return _Demo(name, arrays, obs, next_obs)
+    return _Demo(name, arrays, obs, next_obs, skip)
 
 
 def _arrays(path: Path, demo: h5py.Group, name: str, observed: Sequence[str]) -> dict[str, h5py.Dataset]:
@@ -201,8 +233,9 @@ def _environment(path: Path, data: h5py.Group) -> dict[str, Any]:
         arguments = json.loads(text)
         kwargs = dict(arguments.get("env_kwargs") or {})
         known = {"env_id": str(arguments["env_name"]), "env_kwargs": kwargs}
-        if "env_type" in arguments:
-            known["env_type"] = ENV_TYPES.get(arguments["env_type"], str(arguments["env_type"]))
+        kind = arguments.get("type", arguments.get("env_type"))
+        if kind is not None:
+            known["env_type"] = ENV_TYPES.get(kind, str(kind))
         if kwargs.get("control_freq") is not None:
             known["control_period"] = _period(kwargs["control_freq"])
         if deltas := set(_deltas(kwargs.get("controller_configs"))):
@@ -257,7 +290,7 @@ def _read(demos: Sequence[_Demo], wanted: Wanted, meta: Mapping[str, Any]) -> Ep
         length=length,
         terminated=np.asarray(terminated),
         truncated=np.asarray(~terminated),
-        has_final=np.full(len(demos), all(demo.next_obs for demo in demos)),
+        has_final=np.full(len(demos), all(demo.next_obs or demo.skip for demo in demos)),
         meta={
             **meta,
             **({} if rewards else {"rewards": "none recorded"}),
@@ -283,19 +316,36 @@ def _fill(out: Mapping[str, np.ndarray], demo: _Demo, start: int, number: int) -
     columns = {"actions": "action", "rewards": "reward", "dones": "info/mask"}
     for key, item in demo.arrays.items():
         target = out[columns[key]][steps]
-        copy_rows(target, _reader(item, target, key == "dones"), hdf5.chunk_rows(item))
+        copy_rows(target, _reader(item, target, key == "dones", demo.skip), hdf5.chunk_rows(item))
     for name, item in demo.obs.items():
         target = out[f"obs/{name}"][start + number : start + number + n + 1]
-        copy_rows(target[:n], _reader(item, target), hdf5.chunk_rows(item))
-        last = demo.next_obs.get(name, item)
-        target[n:] = _reader(last, target)(slice(n - 1, n))
+        copy_rows(target[: n + demo.skip], _reader(item, target), hdf5.chunk_rows(item))
+        if demo.skip == 0:
+            last = demo.next_obs.get(name, item)
+            target[n:] = _reader(last, target)(slice(n - 1, n))
 
 
-def _reader(item: h5py.Dataset, target: np.ndarray, negate: bool = False) -> Callable[[slice], np.ndarray]:
-    """Return a reader of rows in the shape of the target's."""
+def _reader(
+    item: h5py.Dataset, target: np.ndarray, negate: bool = False, skip: int = 0
+) -> Callable[[slice], np.ndarray]:
+    """Return a reader of rows in the shape of the target's, counted from row `skip` on."""
 
     def read(rows: slice) -> np.ndarray:
-        block = np.asarray(item[rows]).reshape(-1, *target.shape[1:])
+        block = np.asarray(item[rows.start + skip : rows.stop + skip]).reshape(-1, *target.shape[1:])
         return block == 0 if negate else block
 
     return read
+
+
+def _warn_of_timeouts(path: Path, episodes: Episodes) -> None:
+    """Say so where timeouts were written as dones."""
+    known = episodes.meta.get("env_type") == "gym" and list(episodes.obs) == ["flat"]
+    if not (known and np.all(episodes.terminated) and np.all(episodes.has_final)):
+        return
+    last = episodes.start + episodes.length + np.arange(len(episodes))
+    if np.array_equal(episodes.obs["flat"][last], episodes.obs["flat"][last - 1]):
+        warnings.warn(
+            f"{path}: every episode ends with a done and its last observation twice, as robomimic's convert_d4rl.py "
+            "writes timeouts, too; critics take them for true ends: read D4RL's own file",
+            stacklevel=5,
+        )

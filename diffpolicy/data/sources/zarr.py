@@ -3,8 +3,9 @@
     data/action (N, Da)   data/state (N, ...)   data/<any other>        meta/episode_ends (E,)  rows, cumulative
 
 A folder or a zip, zarr format 2 or 3. Every array but `action` becomes an observation; images are left out unless
-asked for, and become uint8. There are no rewards (zeros), no ends of the task, and the observation after the last
-action is unknown.
+asked for, and become uint8. `timestamp` and `stage`, which the recorder of real robots (`real_env.py`) writes beside
+them, go into `info`, unless they are asked for as observations. There are no rewards (zeros), no ends of the task, and
+the observation after the last action is unknown.
 
 zarr reads a chunk that is not there as zeros, and unpacks whatever a chunk holds: here each chunk must be there, and
 must declare no more than its array does.
@@ -33,6 +34,7 @@ from diffpolicy.errors import DatasetError, MissingExtraError
 
 METADATA = (".zgroup", ".zarray", ".zattrs", ".zmetadata", "zarr.json")
 METADATA_BYTES = 16 << 20
+NOT_OBSERVED = ("timestamp", "stage")
 ROOT_NAMES = (".zgroup", "zarr.json", "meta/episode_ends")
 UNPACKED = ("bytes", "transpose", "crc32c")
 SMALL_CHUNK = 16 << 20
@@ -60,8 +62,10 @@ def load(path: Path, wanted: Wanted) -> Episodes:
     wanted.refuse_part_and_task("a replay buffer")
     buffer = _Buffer(path)
     ends = _ends(buffer)
-    names = wanted.choose(buffer.names())
-    arrays = {name: buffer.array(f"data/{name}") for name in ("action", *names)}
+    shapes = buffer.names()
+    told = [name for name in NOT_OBSERVED if name in shapes and name not in (wanted.obs or ())]
+    names = wanted.choose({name: shape for name, shape in shapes.items() if name not in told})
+    arrays = {name: buffer.array(f"data/{name}") for name in ("action", *told, *names)}
     n = int(ends[-1])
     for name, array in arrays.items():
         if array.shape[0] != n:
@@ -69,16 +73,17 @@ def load(path: Path, wanted: Wanted) -> Episodes:
                 f"{path}: data/{name} has {array.shape[0]} rows, the episodes end at {n}; wanted as many: copy the "
                 "dataset again"
             )
-    action = arrays.pop("action")
+    steps = {"action": arrays.pop("action"), **{f"info/{name}": arrays.pop(name) for name in told}}
     layout: Layout = {
         **{f"obs/{name}": ((n + len(ends), *_shape(array)), _dtype(array)) for name, array in arrays.items()},
-        "action": (action.shape, action.dtype),
+        **{name: (array.shape, array.dtype) for name, array in steps.items()},
         "reward": ((n,), np.dtype(np.float32)),
     }
     out = wanted.allocate(layout)
     for name, array in arrays.items():
         copy_observations(out[f"obs/{name}"], ends, _rows(path, name, array), multiple_of=array.chunks[0])
-    copy_rows(out["action"], _rows(path, "action", action), action.chunks[0])
+    for name, array in steps.items():
+        copy_rows(out[name], _slices(path, name.removeprefix("info/"), array), array.chunks[0])
     out["reward"][:] = 0
     return assemble(
         out,
@@ -103,12 +108,22 @@ def _dtype(array: Any) -> np.dtype:
     return np.dtype(np.uint8) if _is_image(array) else array.dtype
 
 
-def _rows(path: Path, name: str, array: Any) -> Callable[[slice], np.ndarray]:
-    """Return a reader of slices of rows, images as uint8."""
+def _slices(path: Path, name: str, array: Any) -> Callable[[slice], np.ndarray]:
+    """Return a reader of slices of rows, as they are."""
 
     def read(rows: slice) -> np.ndarray:
         with reading(path, f"data/{name}"):
-            block = np.asarray(array[rows]).reshape(-1, *_shape(array))
+            return np.asarray(array[rows])
+
+    return read
+
+
+def _rows(path: Path, name: str, array: Any) -> Callable[[slice], np.ndarray]:
+    """Return a reader of slices of rows, images as uint8."""
+    slices = _slices(path, name, array)
+
+    def read(rows: slice) -> np.ndarray:
+        block = slices(rows).reshape(-1, *_shape(array))
         return _pixels(path, name, block) if _is_image(array) else block
 
     return read
