@@ -39,8 +39,9 @@ ACTIONS, REWARDS = ("action", "actions"), ("next.reward", "reward")
 NOT_OBSERVED = ("index", *ACTIONS, *ORDER, *PER_STEP)
 NOT_OBSERVED_PREFIXES = ("action.", "next.")
 OBSERVED_PREFIX = "observation"
-OUTCOME = re.compile(r"(^|[._])(actions?|rewards?|return|done|success\w*|\w*successful|terminal|discount|is)([._]|$)")
-OUTCOME_PREFIX = "complementary_info"
+OUTCOME = re.compile(
+    r"(^|[._])(actions?|rewards?|return|done|success\w*|\w*successful|terminal|discount|is|complementary_info)([._]|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _observations(info: _Info, wanted: Wanted) -> list[str]:
     if wanted.obs is not None:
         return wanted.choose(shapes)
     given = [name for name in shapes if name.startswith(OBSERVED_PREFIX)]
-    given = given or [name for name in shapes if not (OUTCOME.search(name) or name.startswith(OUTCOME_PREFIX))]
+    given = given or [name for name in shapes if not OUTCOME.search(name)]
     if left_out:
         warnings.warn(f"{info.path}: left out {left_out}; this version reads numbers only", stacklevel=4)
     if others := [name for name in shapes if name not in given and name not in REWARDS]:
