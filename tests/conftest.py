@@ -2,10 +2,14 @@
 
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+from pretended_cuda import PretendedCuda
 
 # The same examples each time: a red check is then a change, not luck.
 settings.register_profile("same", derandomize=True)
@@ -19,6 +23,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real datasets are not at {folder}; set DIFFPOLICY_DATA to their folder")
     return folder
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both kinds of device; a GPU is pretended where there is none."""
+    with nullcontext() if request.param == "cpu" or torch.cuda.is_available() else PretendedCuda():
+        yield request.param
 
 
 class Bomb:

@@ -32,7 +32,6 @@ from diffpolicy.parts import (
 )
 from diffpolicy.policy import Policy
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 FORMATS = sorted((Path(__file__).parent / "fixtures").glob("policy_format_*"))
 
 
@@ -87,7 +86,6 @@ def row(obs: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
     return {name: array[i] for name, array in obs.items()}
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in MOST_STEPS])
 def test_plan_is_a_function_of_its_arguments_under_every_sampler(device, sampler):
     policy = make_policy(device, sampler)
@@ -103,7 +101,6 @@ def test_plan_is_a_function_of_its_arguments_under_every_sampler(device, sampler
     assert not torch.equal(first, policy.plan(history, noise.flip(1)))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_a_batch_of_3_acts_as_3_single_environments(device):
     policy = make_policy(device)
     rng = np.random.default_rng(2)
@@ -186,7 +183,6 @@ def test_deterministic_repeats_and_stochastic_does_not():
     assert not np.array_equal(again[0][0], again[0][1])
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_a_saved_policy_acts_the_same(tmp_path, device):
     policy = make_policy(device, "dpm++2m", 5, seed=3)
     loaded = Policy.load(policy.save(tmp_path / "p"), device)
@@ -213,7 +209,6 @@ def test_a_saved_policy_of_5_samples_chooses_the_same_one(tmp_path, temperature)
 GUIDANCE = {"told": ClassifierFreeGuidance(2.0, 0.7), "value": ValueGuidance(20.0, 0.3)}
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
 def test_a_guided_policy_of_3_samples_acts_the_same_after_loading_and_keeps_its_guidance_under_other_choices(
     tmp_path, guidance, device

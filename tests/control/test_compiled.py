@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from pretended_cuda import PretendedCuda
 
 from diffpolicy.control.compiled import backends
 from diffpolicy.control.compiled.backends import BACKENDS, Job, usable_on
@@ -239,16 +240,21 @@ def test_what_cannot_be_compiled_is_refused_in_one_sentence(monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("heat", [0.0, 0.5])
-@pytest.mark.parametrize("backend", EXACT)
-def test_a_compiled_plan_takes_the_best_of_4_samples_as_the_policy_does(backend, heat):
+def choosing(heat: float) -> Policy:
+    """A policy that takes the best of 4 samples, or one by chance."""
     policy, critic = make_policy("mlp"), CriticConfig(hidden=(16,))
     parts = policy.spec, policy.normalizer, policy.encoder, policy.denoiser, policy.denoiser_config
     torch.manual_seed(1)
     choice = Selection(make_critic(critic, *parts[:2]), critic, SelectionConfig(4, heat))
-    choosing = Policy(*parts, policy.sampler_config, selection=choice)
+    return Policy(*parts, policy.sampler_config, selection=choice)
+
+
+@pytest.mark.parametrize("heat", [0.0, 0.5])
+@pytest.mark.parametrize("backend", EXACT)
+def test_a_compiled_plan_takes_the_best_of_4_samples_as_the_policy_does(backend, heat):
+    policy = choosing(heat)
     compiled(backend, "mlp")  # skips where it cannot run
-    assert_equal_plans(build(Job(choosing, 2), backend), choosing, 3)
+    assert_equal_plans(build(Job(policy, 2), backend), policy, 3)
 
 
 @pytest.mark.parametrize("guide", [Pinned, RealTimeChunk])
@@ -318,6 +324,26 @@ def test_arguments_of_other_shapes_are_refused_in_one_sentence():
             plan(bad_history, bad_noise)
         assert "\n" not in str(caught.value)
     assert torch.equal(plan({**history, "unused": noise}, torch.cat([noise, noise])), plan(history, noise))
+
+
+CAPTURED = {
+    **{name: lambda name=name: make_policy(sampler=name) for name in DENOISING},
+    "drawing": lambda: make_policy(eta=0.7),
+    "choosing": lambda: choosing(0.0),
+    "choosing by chance": lambda: choosing(0.5),
+}
+
+
+@pytest.mark.parametrize("make", CAPTURED.values(), ids=CAPTURED)
+def test_a_plan_on_a_gpu_neither_waits_for_it_nor_sends_it_anything_or_it_could_not_be_captured(make):
+    expected = build(Job(make(), 2), "eager")(*example(make(), 2, 0))
+    with PretendedCuda() as cuda:
+        policy = deepcopy(make()).to("cuda")
+        plan, case = build(Job(policy, 2), "eager"), example(policy, 2, 0)
+        cuda.waits.clear()
+        chunk = plan(*case)
+        assert not cuda.waits
+        torch.testing.assert_close(chunk.cpu(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

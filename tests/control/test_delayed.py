@@ -1,6 +1,7 @@
 """Plans that come late: the actor for environments writes what the control loop writes, and jumps are what they say."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -89,6 +90,16 @@ def played(actor, steps: int) -> np.ndarray:
 def test_late_plans_write_what_the_control_loop_writes_on_a_virtual_clock(strategy, delay: int):
     expected = played_by_the_loop(strategy, delay, 40)
     np.testing.assert_allclose(played(Delayed(POLICY, strategy, delay), 40), expected[:40], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_plans_on_a_gpu_are_those_of_the_cpu(device, strategy):
+    here, there = POLICY, deepcopy(POLICY).to(device)
+    assert there.device.type == device
+    np.testing.assert_allclose(
+        played(Delayed(there, strategy, 3), 20), played(Delayed(here, strategy, 3), 20), rtol=0, atol=1e-5
+    )
 
 
 def test_without_a_delay_the_synchronous_way_is_predict_to_the_bit():

@@ -20,7 +20,6 @@ from diffpolicy.parts import PREDICTIONS, DenoiserConfig, SamplerConfig, make_de
 from diffpolicy.policy import Policy
 
 SPEC = Spec({"obs": (3,)}, action_dim=2, horizon=8, n_obs_steps=2, n_action_steps=3)
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def make_policy(prediction: str = "v_prediction", network: str = "unet1d", sampler: str = "ddim") -> Policy:
@@ -52,7 +51,6 @@ def former_chunk(policy: Policy, n: int = 4) -> torch.Tensor:
 # --- plan(history, noise, prefix) ---
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("network", ["unet1d", "mlp"])
 def test_a_prefix_of_no_weight_leaves_the_plan_as_it_is_for_every_network_and_prediction(device, prediction, network):
@@ -64,7 +62,6 @@ def test_a_prefix_of_no_weight_leaves_the_plan_as_it_is_for_every_network_and_pr
         assert torch.equal(policy.plan(history, noise, prefix), plain)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction", "flow"])
 def test_guidance_brings_the_frozen_actions_nearer_and_stays_in_the_action_box(device, prediction):
     """Without training a noise prediction is clipped everywhere and has no Jacobian; the exact one has its own test."""
