@@ -30,7 +30,7 @@ from diffpolicy.evaluate import play_unseen
 from diffpolicy.policy import Policy
 from diffpolicy.provenance import fingerprint, versions
 from diffpolicy.tables import make_agent
-from diffpolicy.tasks import PREFERENCE, Task
+from diffpolicy.tasks import NARROW, PREFERENCE, Task
 from diffpolicy.train import TrainConfig
 
 
@@ -46,7 +46,8 @@ class Args:
     """Names; the first are run first."""
     agents: tuple[str, ...] | None = None
     """Agents, those that the task's preset has settings for if not given; `bc+preference` imitates what the others
-    draw, `edp-preference` draws all alike as imitation does."""
+    draw, `edp-preference` draws all alike as imitation does, and `bc+narrow` or `bc+preference+narrow` is the same
+    policy that samples as narrowly as the others do."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds."""
     episodes: int = 20
@@ -60,6 +61,8 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "edp-preference": ("edp", {"preference": 0.0}),
 }
 """Agents with one setting that is not their preset's, to see what it alone does."""
+NARROWLY = "+narrow"
+"""A control that ends so is the agent before it, trained as it is, and acts by the sampler that most others have."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Job:
     """One run to be made."""
 
     agent: str
-    """Of `AGENTS`, or of `CONTROLS`."""
+    """Of `AGENTS` or `CONTROLS`, with or without `NARROWLY`."""
     dataset: str
     seed: int
     task: Task
@@ -79,18 +82,25 @@ class Job:
         return f"{self.agent}-{self.dataset}-{self.seed}"
 
     @property
+    def trained(self) -> str:
+        """Return what its run folder is called: those that differ only when they act share one."""
+        return f"{self.agent.removesuffix(NARROWLY)}-{self.dataset}-{self.seed}"
+
+    @property
     def algorithm(self) -> str:
         """Return the agent's name without what makes it a control."""
-        return CONTROLS.get(self.agent, (self.agent,))[0]
+        plain = self.agent.removesuffix(NARROWLY)
+        return CONTROLS.get(plain, (plain,))[0]
 
     @property
     def settings(self) -> Any:
-        """Return the agent's settings.
+        """Return the agent's settings in training.
 
         Raises:
             PolicyError: if the preset has none.
         """
-        name, changes = CONTROLS.get(self.agent, (self.agent, {}))
+        plain = self.agent.removesuffix(NARROWLY)
+        name, changes = CONTROLS.get(plain, (plain, {}))
         settings = self.task.preset.agents.get(name)
         if settings is None:
             raise PolicyError(
@@ -98,6 +108,11 @@ class Job:
                 f"{', '.join([*self.task.preset.agents, *CONTROLS])}, or an entry in diffpolicy/tasks.py"
             )
         return replace(settings, **changes)
+
+    @property
+    def acting(self) -> Any:
+        """Return its settings when it acts."""
+        return replace(self.settings, sampler=NARROW) if self.agent.endswith(NARROWLY) else self.settings
 
 
 def jobs(args: Args) -> Iterator[Job]:
@@ -129,19 +144,19 @@ def trained(job: Job, episodes: Episodes, folder: Path) -> Policy:
     return Policy.load(folder)
 
 
-def arguments(job: Job) -> dict[str, Any]:
-    """Return a run's settings, as JSON values; `diffpolicy evaluate` finds its task there."""
+def arguments(job: Job, settings: Any) -> dict[str, Any]:
+    """Return a run as JSON values, with the agent's settings; `diffpolicy evaluate` finds its task there."""
     preset = job.task.preset
-    settings = {
+    run = {
         "task": get_dataset(job.dataset).task_name,
         "agent": job.algorithm,
         "horizon": preset.horizon,
         "n_obs_steps": preset.n_obs_steps,
         "n_action_steps": preset.n_action_steps,
-        job.algorithm: asdict(job.settings),
+        job.algorithm: asdict(settings),
         "train": asdict(job.train),
     }
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(run))
 
 
 def defaults(job: Job) -> dict[str, Any]:
@@ -159,14 +174,14 @@ def with_defaults(settings: Any, default: Any) -> Any:
 
 def described(job: Job, episodes: Episodes) -> dict[str, Any]:
     """Return what made a run."""
-    return {"arguments": arguments(job), "dataset_fingerprint": fingerprint(episodes), "versions": versions()}
+    return {"arguments": arguments(job, job.settings), "dataset_fingerprint": fingerprint(episodes), "versions": versions()}
 
 
 def run(job: Job, args: Args) -> Run:
     """Train and play; return what came of it."""
     dataset = get_dataset(job.dataset)
     episodes = dataset.read(args.data)
-    policy = trained(job, episodes, args.out / "runs" / job.name)
+    policy = trained(job, episodes, args.out / "runs" / job.trained).with_sampler(job.acting.sampler)
     first, task = EVALUATION_SEED + SEEDS_APART * job.seed, job.task
     played = play_unseen(policy, task.env_id, task.env_kwargs, args.episodes, first)
     return Run(
@@ -177,7 +192,7 @@ def run(job: Job, args: Args) -> Run:
         returns=tuple(float(x) for x in played.returns),
         steps=job.train.steps,
         first_episode_seed=first,
-        settings=arguments(job),
+        settings=arguments(job, job.acting),
         versions=versions(),
     )
 
@@ -191,7 +206,7 @@ def unfinished(args: Args) -> list[Job]:
     """
     left = []
     for job in jobs(args):
-        settings, path = arguments(job), args.out / "results" / f"{job.name}.json"
+        settings, path = arguments(job, job.acting), args.out / "results" / f"{job.name}.json"
         if not path.exists():
             left.append(job)
             get_dataset(job.dataset).find(args.data)
