@@ -55,9 +55,11 @@ AGENTS = {
 OFFLINE_RL = [name for name in AGENTS if name != "bc"]
 
 
-def make(name: str, episodes: Episodes, steps: int, chunk: int = 1, **changes: object) -> Agent:
+def make(
+    name: str, episodes: Episodes, steps: int, chunk: int = 1, horizon: int | None = None, **changes: object
+) -> Agent:
     agent, config = AGENTS[name]
-    spec = Spec.from_episodes(episodes, horizon=chunk, n_obs_steps=1, n_action_steps=chunk)
+    spec = Spec.from_episodes(episodes, horizon=horizon or chunk, n_obs_steps=1, n_action_steps=chunk)
     normalizer = Normalizer.fit(episodes, {"obs": "none"})
     return agent(spec, normalizer, replace(config, **changes), steps, "cpu", 0)
 

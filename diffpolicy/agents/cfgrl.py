@@ -8,7 +8,6 @@ The guided policy is `pi(a | s) p(o = 1 | s, a)^w`, which improves on that of ev
 acting, is how far to go from the data.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,10 +15,11 @@ import torch
 from diffpolicy.data.windows import Batch
 from diffpolicy.guides import BetterGuidance
 from diffpolicy.learning.actor import ActorConfig
-from diffpolicy.learning.actor_critic import ActorCritic, ActorCriticConfig, Learned
-from diffpolicy.learning.critics import ExpectileValue, Metrics, whole_chunks
+from diffpolicy.learning.actor_critic import ActorCriticConfig
+from diffpolicy.learning.critics import Metrics, whole_chunks
+from diffpolicy.learning.implicit import ImplicitCritic
 from diffpolicy.nets.encoder import TOLD
-from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig, make_value
+from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 
 FLOW = DenoiserConfig("mlp", hidden_dim=512, step_embed_dim=64, schedule="flow", prediction="flow", told_embed_dim=32)
 
@@ -41,7 +41,7 @@ class CfgrlConfig(ActorCriticConfig):
     """Weight of the unconditional loss."""
 
 
-class Cfgrl(ActorCritic[CfgrlConfig]):
+class Cfgrl(ImplicitCritic[CfgrlConfig]):
     """An imitator that is told which of the data's actions are better than expected."""
 
     @property
@@ -49,20 +49,15 @@ class Cfgrl(ActorCritic[CfgrlConfig]):
         """Return w and o = 1."""
         return self.config.guidance
 
-    def more(self) -> Mapping[str, Learned]:
-        """Return the value of states."""
-        value = make_value(self.config.critic, self.spec, self.normalizer).to(self.device)
-        self.value = ExpectileValue(value, self.config.tau, self.config.td.learning_rate)
-        return {"value": self.value}
+    @property
+    def tau(self) -> float:
+        """Return the expectile of V."""
+        return self.config.tau
 
     def losses(self, batch: Batch) -> Metrics:
         """Take one step of V, of Q and of the actor."""
-        cond, next_cond = self.critics.cond(batch.obs), self.critics.cond(batch.next_obs)
-        whole = whole_chunks(batch, self.spec)
-        with torch.no_grad():
-            q = self.critics.target.value(cond, batch.action)
-            better = (q > self.value(cond)) & (whole > 0)
-        metrics = self.value.update(cond, q, whole) | self.critics.update(batch, self.value(next_cond))
+        metrics, advantage = self.update_critics(batch)
+        better = (advantage > 0) & (whole_chunks(batch, self.spec) > 0)
         conditional, unconditional = self.conditional(batch, better), self.actor.model.loss(batch, self.generator)
         norm = self.actor.descend(conditional + self.config.beta * unconditional)
         share = better.float().mean()

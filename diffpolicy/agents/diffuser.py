@@ -104,11 +104,26 @@ class Diffuser(Imitation[DiffuserConfig]):
         return model.loss(batch, generator, self.config.bf16) + model.value_loss(batch, generator)
 
     @torch.no_grad()
-    def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float]:
-        """Return L_J of the averaged weights: below 1, J knows more than the mean of the returns."""
-        averaged = self.ema.module
+    def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float | torch.Tensor]:
+        """Describe J of the averaged weights on an encoded batch, with noise from `seed`.
+
+        `value_loss` is L_J (below 1, J knows more than the mean of the returns), `q_data` and `q_policy` are J of the
+        data's chunks and of the policy's own, in standard deviations of the returns, `advantage` is the difference.
+        """
+        averaged, policy = self.ema.module, self.policy()
         assert isinstance(averaged, ValuedImitator)
-        return {"value_loss": float(averaged.value_loss(batch, torch.Generator(self.device).manual_seed(seed)))}
+        loss = averaged.value_loss(batch, torch.Generator(self.device).manual_seed(seed))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        shape = (policy.planner.draws, len(batch.action), self.spec.horizon, self.spec.action_dim)
+        noise = torch.randn(shape, generator=generator, device=self.device)
+        cond = policy.encoder(batch.obs)
+        data, own = (averaged.value.value(cond, x) for x in (batch.action, policy.planner(cond, noise)))
+        return {
+            "value_loss": float(loss),
+            "q_data": float(data.mean()),
+            "q_policy": float(own.mean()),
+            "advantage": data - own,
+        }
 
     def policy(self) -> Policy:
         """Return the policy of the averaged weights as they stand, guided; it shares them with the agent."""

@@ -66,7 +66,7 @@ class Dql(ActorCritic[DqlConfig]):
 
 # Differences from the original (Zhendong-Wang/Diffusion-Policies-for-Offline-RL), besides those at the end of
 # learning/actor_critic.py:
-#   1. v is predicted on the cosine schedule, not the noise at 5 steps of their VP schedule; sampling is DDPM with 5
+#   1. v is predicted on the cosine schedule, not the noise on theirs (`vp`, `epsilon`); sampling is DDPM with 5
 #      steps, as theirs. The actor has 3 residual blocks of 256, not 3 plain layers of 256;
 #   2. the current actor acts there; its average is updated every 5th step with 0.995, after step 1000;
 #   3. gradients are clipped at one norm for all datasets; theirs at one a dataset (1 to 9), the critics', too;

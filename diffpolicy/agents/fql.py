@@ -47,11 +47,13 @@ class Fql(ActorCritic[FqlConfig]):
     """A student of one step between its teacher, a flow, and the critics. `actor` is the student.
 
     Raises:
-        SpecError: if the teacher's chunk depends on more than one draw of noise.
+        SpecError: if the teacher's chunk depends on more than one draw of noise, or is to continue another chunk.
     """
 
     def make_actor(self, denoiser: DenoiserConfig, sampler: SamplerConfig) -> Actor:
         """Return the student: it predicts the clean chunk from noise alone."""
+        if denoiser.max_delay:
+            raise SpecError("fql's student learns no chunk that another began; leave out --denoiser.max-delay")
         return super().make_actor(replace(denoiser, prediction="sample"), ONE_STEP)
 
     def more(self) -> Mapping[str, Learned]:

@@ -8,23 +8,21 @@
 No loss asks for the value of an action that is not in the data; improvement happens at acting time alone.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
 
 from diffpolicy.data.windows import Batch
 from diffpolicy.learning.actor import ActorConfig
-from diffpolicy.learning.actor_critic import ActorCritic, ActorCriticConfig, Learned
-from diffpolicy.learning.critics import ExpectileValue, Metrics, whole_chunks
-from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig, make_value
+from diffpolicy.learning.actor_critic import ActorCriticConfig
+from diffpolicy.learning.critics import Metrics
+from diffpolicy.learning.implicit import ImplicitCritic
+from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 
 MLP = DenoiserConfig("mlp", step_embed_dim=64, prediction="v_prediction")
 
 
 @dataclass(frozen=True)
 class IdqlConfig(ActorCriticConfig):
-    """Settings of IDQL; the defaults are the paper's for locomotion where it has them."""
+    """Settings of IDQL; networks and tau are the paper's for locomotion where it has them, rewards are as recorded."""
 
     denoiser: DenoiserConfig = field(default_factory=lambda: MLP)
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("ddpm", 5))
@@ -35,27 +33,18 @@ class IdqlConfig(ActorCriticConfig):
     """Expectile of V: 0.7, in mazes 0.9."""
 
 
-class Idql(ActorCritic[IdqlConfig]):
+class Idql(ImplicitCritic[IdqlConfig]):
     """An imitator that a value of the data's actions chooses for."""
 
-    def more(self) -> Mapping[str, Learned]:
-        """Return the value of states."""
-        value = make_value(self.config.critic, self.spec, self.normalizer).to(self.device)
-        self.value = ExpectileValue(value, self.config.tau, self.config.td.learning_rate)
-        return {"value": self.value}
+    @property
+    def tau(self) -> float:
+        """Return the expectile of V."""
+        return self.config.tau
 
     def losses(self, batch: Batch) -> Metrics:
         """Take one step of V, of Q and of the actor."""
-        metrics = self.update_critics(batch)
+        metrics, _ = self.update_critics(batch)
         return metrics | self.update_actor(batch)
-
-    def update_critics(self, batch: Batch) -> Metrics:
-        """Take one step of V towards the expectile of Q, then of Q towards `r + discount V(s')`."""
-        cond, next_cond = self.critics.cond(batch.obs), self.critics.cond(batch.next_obs)
-        with torch.no_grad():
-            q = self.critics.target.value(cond, batch.action)
-        metrics = self.value.update(cond, q, whole_chunks(batch, self.spec))
-        return metrics | self.critics.update(batch, self.value(next_cond))
 
     def update_actor(self, batch: Batch) -> Metrics:
         """Take one step of imitation."""
@@ -64,7 +53,7 @@ class Idql(ActorCritic[IdqlConfig]):
 
 
 # Differences from the original (philippe-eecs/IDQL), besides those at the end of learning/actor_critic.py:
-#   1. v is predicted on the cosine schedule, not the noise at 5 steps of their VP schedule; sampling is DDPM with 5
+#   1. v is predicted on the cosine schedule, not the noise on theirs (`vp`, `epsilon`); sampling is DDPM with 5
 #      steps, the posterior's variance and the clean estimate clipped; theirs adds noise of variance beta and clips the
 #      noisy action after each step;
 #   2. when acting theirs takes the best or, in its implicit policy, draws in proportion to |tau - 1(Q < V)|, which is

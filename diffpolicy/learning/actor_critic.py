@@ -23,7 +23,7 @@ from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import SpecError
 from diffpolicy.guides import Guidance
 from diffpolicy.learning.actor import Actor, ActorConfig
-from diffpolicy.learning.critics import Critics, TdConfig, known_returns
+from diffpolicy.learning.critics import Critics, TdConfig
 from diffpolicy.parts import (
     CriticConfig,
     DenoiserConfig,
@@ -200,10 +200,7 @@ class ActorCritic(ABC, Generic[C]):
         """
         td = self.config.td
         scale, shift = reward_transform(td.rewards, data)
-        judged = transformed(played, scale, shift)
-        windows = Windows(judged, self.spec, td.gamma, require_next=True)
-        returns = torch.from_numpy(known_returns(judged, td.gamma, every))
-        return self.critics.overestimation(windows, returns[windows.rows], self.normalizer)
+        return self.critics.overestimation(transformed(played, scale, shift), every, self.normalizer)
 
     @torch.no_grad()
     def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float | torch.Tensor]:

@@ -1,33 +1,34 @@
-r"""What critics of every agent share: temporal differences over the executed chunk, target networks, expectile values.
+r"""What critics of every agent share: temporal differences over the executed chunk, and target networks.
 
     y    = reward + discount V(s')      all three from `Windows`: over the executed steps, discount 0 at true ends
     L_Q  = E sum_members (Q(s, a) - y)^2
-    L_V  = E |tau - 1(u < 0)| u^2,   u = Q_target(s, a) - V(s)                       (Kostrikov et al. 2022, eq. 5)
     Q_target <- (1 - polyak) Q_target + polyak Q
 
 A chunk that the recording cuts short (a time limit, not a true end) was not executed as a whole: its return belongs to
 fewer actions, so critics leave it out. A true end within the chunk counts: what comes after it has no effect.
 
 Logged names, in the units of transformed rewards: `q` (mean over batch and members), `q_spread` (standard deviation
-between the members), `td_loss`, `q_target` (mean of y), `value_loss` (L_V), `q_loss` (what an actor descends to climb
-the critics), `distillation` (squared distance of a student to its teacher), `better` (share of the chunks with an
-advantage above 0, of `cfgrl`); and on held-out windows, by the target
-networks, `validation/q_data` and `validation/q_policy` (of the data's actions and of the policy's own),
-`validation/q_spread` (of the policy's own), `validation/advantage/05`, `/50`, `/95` (quantiles of the value of the
-data's actions minus that of the policy's own; TensorBoard has the histogram, `validation/advantage`).
+between the members), `td_loss`, `q_target` (mean of y), `value_loss` (of V, in `implicit.py`), `q_loss` (what an actor
+descends to climb the critics), `distillation` (squared distance of a student to its teacher), `better` (share of the
+chunks with an advantage above 0, of `cfgrl`); and on held-out windows, by the target networks, `validation/q_data` and
+`validation/q_policy` (of the data's actions and of the policy's own), `validation/q_spread` (of the policy's own),
+`validation/advantage/05`, `/50`, `/95` (quantiles of the value of the data's actions minus that of the policy's own).
+TensorBoard has the histogram, `validation/advantage`, and where there is a V that of Q minus V,
+`validation/advantage_over_v`.
 
 What followed says how much of a value is true. `monte_carlo` is the mean discounted return that followed the chunks of
 some episodes, `overestimation` how much higher the target networks value those chunks on average: as `evaluation/...`
 for episodes that the policy itself played while training (`--evaluate-every`), where an honest critic is near 0; as
 `validation/...` for held-out episodes of the data, where it also holds what the agent would do better than the data
-from the next chunk on. Left out are steps so late that a time limit can cut more than `TAIL` of what follows them,
-whether it did or not: tasks of few steps that can be cut have neither number.
+from the next chunk on. Of an episode that was cut, the value of its last whole chunk stands for what would have
+followed; its own error hides as much of that of the chunks before, at most `TAIL` of it: left out are steps so late
+that more of what follows them lies behind the time limit, whether they reached it or not.
 """
 
 import math
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -41,11 +42,11 @@ from diffpolicy.data.rewards import returns_to_go
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Obs, Windows
 from diffpolicy.errors import SpecError, TrainingError
-from diffpolicy.nets.critic import Critic, Value
+from diffpolicy.nets.critic import Critic
 from diffpolicy.nets.encoder import FlattenEncoder
 from diffpolicy.parts import RewardConfig
 
-TAIL = 0.05
+TAIL = 0.5
 LOOKED_AT = 2048
 MARGIN = 10.0
 
@@ -88,11 +89,6 @@ def polyak_update(target: nn.Module, source: nn.Module, share: float) -> None:
     torch._foreach_lerp_(targets, weights, share)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def expectile_loss(u: torch.Tensor, tau: float) -> torch.Tensor:
-    """`|tau - 1(u < 0)| u^2`, elementwise: its minimum over V of `u = q - V` is the expectile of q."""
-    return torch.where(u < 0, 1 - tau, tau) * u * u
-
-
 def climbing_loss(q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """`- E Q_i / sg(E |Q_j|)` of the members' values `(E, B)` of an actor's own chunks, i and j neighbours by chance.
 
@@ -108,16 +104,16 @@ def whole_chunks(batch: Batch, spec: Spec) -> torch.Tensor:
     return ((batch.steps >= spec.n_action_steps) | (batch.discount == 0)).float()
 
 
-def known_returns(episodes: Episodes, gamma: float, every: int) -> np.ndarray:
-    """Discounted return that followed each step `(N,)`; NaN where a time limit can cut it, and between `every` steps.
+def early(episodes: Episodes, gamma: float, every: int) -> np.ndarray:
+    """Return which steps `(N,)` are compared with what followed: each `every`-th, as long as no limit hides too much.
 
-    It can where `gamma^(limit - step) > TAIL`, with the limit of the longest episode that was cut. Whether it did must
-    not matter: late steps whose episode ended in time are a choice of the lucky or of the unlucky.
+    It does where `gamma^(limit - step) > TAIL`, with the limit of the longest episode that was cut. Whether this one
+    was must not matter: late steps whose episode ended in time are a choice of the lucky or of the unlucky.
     """
     length, cut = np.asarray(episodes.length), ~np.asarray(episodes.terminated, dtype=bool)
     step = np.arange(episodes.steps) - np.repeat(episodes.start, length)
-    known = gamma ** np.maximum(length[cut].max() - step, 0.0) <= TAIL if cut.any() else np.ones(len(step), dtype=bool)
-    return np.where(known & (step % every == 0), returns_to_go(episodes, gamma), np.nan)
+    seen = gamma ** np.maximum(length[cut].max() - step, 0.0) <= TAIL if cut.any() else np.ones(len(step), dtype=bool)
+    return seen & (step % every == 0)
 
 
 class Critics:
@@ -194,11 +190,13 @@ class Critics:
                 return, or not a number; or if a weight is not.
         """
         share = 1 - self.config.gamma**self.spec.n_action_steps
-        bound = max(float(self.largest_reward), 1.0) / share if share > 0 else math.inf
+        largest = float(self.largest_reward) / share if share > 0 else math.inf
         magnitude = float(self.magnitude)
         finite = all(bool(weight.isfinite().all()) for weight in self._weights())
-        if not (finite and magnitude <= MARGIN * bound):
-            seen = f"their targets average {magnitude:.3g} in size and no return of these rewards exceeds {bound:.3g}"
+        if not (
+            finite and magnitude <= MARGIN * (largest + 1)
+        ):  # before any reward is seen, fresh networks say below 1
+            seen = f"their targets average {magnitude:.3g} in size and no return of these rewards exceeds {largest:.3g}"
             why = seen if finite else "their weights are not finite"
             raise TrainingError(
                 f"the critics diverged at step {step}: {why}; lower --td.learning-rate or --td.gamma, or add "
@@ -227,26 +225,46 @@ class Critics:
         }
 
     @torch.no_grad()
-    def overestimation(self, windows: Windows, returns: torch.Tensor, normalizer: Normalizer) -> dict[str, float]:
+    def overestimation(self, episodes: Episodes, every: int, normalizer: Normalizer) -> dict[str, float]:
         """Compare the values of recorded chunks with the returns that followed.
 
         Args:
-            windows: of the episodes.
-            returns: that followed each window, NaN where it is not known, `(len(windows),)`.
+            episodes: physical units, their rewards transformed.
+            every: looks at each `every`-th step of an episode.
             normalizer: of the batches.
 
         Returns:
             `overestimation` and `monte_carlo`; nothing where no return is known.
         """
-        known = (~returns.isnan()).nonzero().squeeze(-1)
+        windows = Windows(episodes, self.spec, self.config.gamma, require_next=True)
+        known = torch.from_numpy(early(episodes, self.config.gamma, every))[windows.rows].nonzero().squeeze(-1)
         index = known[torch.linspace(0, len(known) - 1, min(len(known), LOOKED_AT)).round().long()]
-        batch = normalizer.encode(windows.gather(index).to(self.magnitude.device))
-        whole = whole_chunks(batch, self.spec) > 0
+        value, whole = self._values(windows, index, normalizer)
         if not whole.any():
             return {}
-        value = self.target.value(self.cond(batch.obs), batch.action)[whole]
-        followed = returns[index].to(value)[whole]
-        return {"overestimation": float((value - followed).mean()), "monte_carlo": float(followed.mean())}
+        returns = returns_to_go(self._continued(episodes, windows, normalizer), self.config.gamma)
+        followed = returns[windows.rows[index[whole]]]
+        return {"overestimation": float((value[whole] - followed).mean()), "monte_carlo": float(followed.mean())}
+
+    def _values(self, windows: Windows, index: torch.Tensor, normalizer: Normalizer) -> tuple[np.ndarray, np.ndarray]:
+        """Values of the chunks of windows by the target networks, and which of them are whole, `(B,)` each."""
+        batch = normalizer.encode(windows.gather(index).to(self.magnitude.device))
+        value = self.target.value(self.cond(batch.obs), batch.action)
+        return value.double().cpu().numpy(), (whole_chunks(batch, self.spec) > 0).cpu().numpy()
+
+    def _continued(self, episodes: Episodes, windows: Windows, normalizer: Normalizer) -> Episodes:
+        """Let the value of the last whole chunk of each episode that was cut stand for its rewards from there on."""
+        n = self.spec.n_action_steps
+        cut = ~windows.terminated[windows.episode] & (windows.count >= n)
+        if not cut.any():
+            return episodes
+        last = (windows.first + windows.count)[cut] - n
+        reward = np.array(episodes.reward, dtype=np.float64)
+        ends = (windows.start + windows.length)[windows.episode[cut]]
+        for row, end, value in zip(windows.rows[last], ends, self._values(windows, last, normalizer)[0], strict=True):
+            reward[row:end] = 0
+            reward[row] = value
+        return replace(episodes, reward=reward)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that continuing needs."""
@@ -261,58 +279,13 @@ class Critics:
         """Continue from `state_dict`."""
         self.critic.load_state_dict(state["critic"])
         self.target.load_state_dict(state["target"])
-        _restore(self.optimizer, state["optimizer"])
+        restore(self.optimizer, state["optimizer"])
         self.largest_reward = state["largest_reward"]
 
 
-def _restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer's state, but for its learning rate: a resumed run may have been given another."""
     rates = [group["lr"] for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-class ExpectileValue:
-    """A value of states alone, the expectile of the data's Q, in training: no action but the data's is ever asked for.
-
-    Args:
-        value: on its device.
-        tau: 0.5 is the mean, towards 1 the largest.
-        learning_rate: of Adam.
-
-    Raises:
-        SpecError: if there is no such expectile.
-    """
-
-    def __init__(self, value: Value, tau: float, learning_rate: float) -> None:
-        if not 0 < tau < 1:
-            raise SpecError(f"got the expectile tau {tau}; wanted it above 0 and below 1")
-        self.value, self.tau = value, tau
-        self.optimizer = torch.optim.Adam(value.parameters(), learning_rate, fused=True)
-
-    def compile(self) -> None:
-        """Have the network compiled at the first step."""
-        self.value.compile()
-
-    def update(self, cond: torch.Tensor, q: torch.Tensor, weight: torch.Tensor) -> Metrics:
-        """Take one step towards the expectile of `q` `(B,)`; `value_loss`."""
-        loss = (expectile_loss(q - self.value(cond), self.tau) * weight).sum() / weight.sum().clamp(min=1)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return {"value_loss": loss.detach()}
-
-    @torch.no_grad()
-    def __call__(self, cond: torch.Tensor) -> torch.Tensor:
-        """Value `(B,)`."""
-        return self.value(cond)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that continuing needs."""
-        return {"value": self.value.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.value.load_state_dict(state["value"])
-        _restore(self.optimizer, state["optimizer"])

@@ -18,7 +18,12 @@ from diffpolicy.nets.network import Network
 from diffpolicy.nets.prefixed import Prefixed
 from diffpolicy.nets.unet1d import UNet1d
 
-SCHEDULES: dict[str, Schedule] = {"linear": Linear(), "cosine": Cosine(), "flow": Flow()}
+SCHEDULES: dict[str, Schedule] = {
+    "linear": Linear(),
+    "vp": Linear(0.1, 10.0),  # of Diffusion-QL and IDQL, for few steps: at t = 1 8 % of the signal are left
+    "cosine": Cosine(),
+    "flow": Flow(),
+}
 
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -49,8 +54,8 @@ class DenoiserConfig:
     """Mlp: width."""
     depth: int = 3
     """Mlp: residual blocks."""
-    schedule: Literal["linear", "cosine", "flow"] = "cosine"
-    """How signal and noise mix over diffusion time."""
+    schedule: Literal["linear", "vp", "cosine", "flow"] = "cosine"
+    """How signal and noise mix over diffusion time; vp is Diffusion-QL's and IDQL's."""
     prediction: Literal["epsilon", "sample", "v_prediction", "flow"] = "epsilon"
     """What the network is trained to predict."""
     clip: float | None = 1.0

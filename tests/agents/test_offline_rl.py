@@ -6,7 +6,7 @@ from functools import cache, partialmethod
 import numpy as np
 import pytest
 import torch
-from agent_cases import AGENTS, GAMMA, MLP, OFFLINE_RL, UNET, learn, make
+from agent_cases import AGENTS, FLOW, GAMMA, MLP, OFFLINE_RL, UNET, learn, make
 from torch._dynamo.utils import counters
 from worlds import bandit, chain
 
@@ -37,6 +37,24 @@ def test_of_two_modes_each_agent_takes_the_better_with_0_9_where_imitation_takes
         assert near[0] >= 0.9
 
 
+OTHERWISE = {
+    "dql as published": ("dql", 1, 1, {"denoiser": replace(MLP, schedule="vp", prediction="epsilon")}),
+    "idql on a linear schedule": ("idql", 1, 1, {"denoiser": replace(MLP, schedule="linear", prediction="sample")}),
+    "diffuser of a flow": ("diffuser", 1, 1, {"denoiser": FLOW, "sampler": SamplerConfig("heun", 5)}),
+    "edp that plans 4 and executes 2": ("edp", 2, 4, {}),
+    "cfgrl that plans 4 and executes 2": ("cfgrl", 2, 4, {}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_with_other_schedules_predictions_samplers_and_horizons_they_take_the_better_mode_too(case):
+    name, chunk, horizon, changes = OTHERWISE[case]
+    episodes = bandit(steps=horizon, gap=5.0)
+    agent = make(name, episodes, 250, chunk, horizon, **changes)
+    learn(agent, episodes, 250)
+    assert masses(agent)[0] >= 0.9
+
+
 def masses(agent: Agent) -> list[float]:
     """Share of the policy's chunks at the better mode, and at the other."""
     _, state = agent.policy().predict(np.zeros((500, 1), np.float32))
@@ -50,9 +68,11 @@ def test_fqls_student_takes_both_modes_when_being_like_its_teacher_outweighs_the
     assert masses(agent) == pytest.approx([0.5, 0.5], abs=0.1)
 
 
-def test_fql_refuses_a_teacher_whose_chunks_no_single_noise_decides():
+def test_fql_refuses_a_teacher_whose_chunks_no_single_noise_decides_and_to_continue_chunks():
     with pytest.raises(SpecError, match=r"the teacher draws 5 times .* deterministic"):
         make("fql", bandit(count=4), 10, sampler=SamplerConfig("ddpm", 5))
+    with pytest.raises(SpecError, match="no chunk that another began"):
+        make("fql", bandit(count=4), 10, denoiser=replace(FLOW, max_delay=1))
 
 
 @cache
@@ -138,11 +158,11 @@ def test_max_q_backup_is_the_smallest_of_the_members_best():
     torch.testing.assert_close(found, best.min(0).values)
 
 
-@pytest.mark.parametrize("tau", [0.7, 0.9])
-def test_idqls_critics_reach_the_expectile_values_of_the_same_chain_within_2_percent(tau):
+@pytest.mark.parametrize(("name", "tau"), [("idql", 0.7), ("idql", 0.9), ("cfgrl", 0.7)])
+def test_implicit_critics_reach_the_expectile_values_of_the_same_chain_within_2_percent(name, tau):
     """The expectile of the data's two actions, taken as often as the data takes them, in place of the maximum."""
     episodes = chain(count=40)
-    agent = make("idql", episodes, 800, tau=tau)
+    agent = make(name, episodes, 800, tau=tau)
     windows = agent.windows(episodes)
     everything = agent.normalizer.encode(windows.gather(torch.arange(len(windows))))
     place, right = everything.obs["obs"][:, 0].argmax(-1), everything.action[:, 0, 0] > 0
@@ -155,7 +175,11 @@ def test_idqls_critics_reach_the_expectile_values_of_the_same_chain_within_2_per
 
     for _ in range(800):
         agent.update_critics(everything)
-    assert (learned_values(agent, 5) / iterate(5, expectile) - 1).abs().max() < 0.02
+    q = iterate(5, expectile)
+    assert (learned_values(agent, 5) / q - 1).abs().max() < 0.02
+    known = q - torch.from_numpy(expectile(q.numpy()))[:, None]
+    found = agent.statistics(everything)["advantage_over_v"]
+    assert (found - known[place, (~right).long()]).abs().max() < 0.02
 
 
 def test_qc_with_chunks_of_1_has_the_single_step_targets():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffpolicy.diffusion.schedule import Cosine, Flow, Linear, Schedule
+from diffpolicy.parts import SCHEDULES as SCHEDULES_BY_NAME
 
 SCHEDULES = [Linear(), Cosine(), Flow()]
 NAMES = ["linear", "cosine", "flow"]
@@ -118,3 +119,13 @@ def test_cosine_equals_diffusers_squaredcos_cap_v2_at_its_100_steps_to_1e_6():
     error = (alpha**2 / table - 1).abs()
     assert error[:-1].max() < 1e-6
     assert error[-1] < 2e-5
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_vp_is_diffusion_q_learnings_schedule_at_each_of_its_steps(steps: int):
+    """`beta_t = 1 - exp(-b_min / T - (b_max - b_min) (2t - 1) / (2 T^2))`, 0.1 and 10, for t = 1 .. T."""
+    signal = 1.0
+    for t in range(1, steps + 1):
+        beta = 1 - math.exp(-0.1 / steps - 9.9 * (2 * t - 1) / (2 * steps**2))
+        signal *= 1 - beta
+        assert SCHEDULES_BY_NAME["vp"](t / steps)[0] ** 2 == pytest.approx(signal, rel=1e-6)

@@ -1,5 +1,7 @@
 """What critics learn from: targets and masks by hand, expectiles, the scale of values, and honest failure."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,11 @@ from diffpolicy.learning.critics import (
     Critics,
     TdConfig,
     climbing_loss,
-    expectile_loss,
-    known_returns,
+    early,
     polyak_update,
     whole_chunks,
 )
+from diffpolicy.learning.implicit import expectile_loss
 from diffpolicy.parts import CriticConfig, make_critic
 
 GAMMA = 0.9
@@ -44,7 +46,7 @@ def batch_of(episodes: Episodes, chunk: int, gamma: float = GAMMA):
 def critics_for(episodes: Episodes, spec: Spec, **settings: float) -> Critics:
     torch.manual_seed(0)
     normalizer = Normalizer.fit(episodes, {"obs": "none"})
-    return Critics(make_critic(CriticConfig((16,)), spec, normalizer), spec, TdConfig(gamma=GAMMA, **settings))
+    return Critics(make_critic(CriticConfig((16,)), spec, normalizer), spec, TdConfig(**{"gamma": GAMMA, **settings}))
 
 
 def test_targets_of_chunks_of_2_with_next_value_10_by_hand_at_a_true_end_and_a_time_limit():
@@ -141,6 +143,18 @@ def test_a_critic_that_diverges_is_one_sentence_that_says_what_to_do():
             critics.check(200)
 
 
+def test_rewards_of_a_tenth_allow_values_a_tenth_as_large():
+    """Returns of at most 0.123 / (1 - 0.81) = 0.65, ten times that and 10 for fresh networks: 16."""
+    episodes = two_episodes()
+    spec, batch = batch_of(episodes, chunk=2)
+    critics, small = critics_for(episodes, spec), replace(batch, reward=batch.reward / 100)
+    critics.update(small, torch.full((8,), 15.0))
+    critics.check(100)
+    critics.update(small, torch.full((8,), 100.0))
+    with pytest.raises(TrainingError, match=r"no return of these rewards exceeds 0\.7"):
+        critics.check(200)
+
+
 def test_statistics_of_known_values_are_their_means_and_quantiles():
     episodes = two_episodes()
     spec, batch = batch_of(episodes, chunk=2)
@@ -155,16 +169,12 @@ def test_statistics_of_known_values_are_their_means_and_quantiles():
     )
 
 
-def test_returns_are_known_where_no_time_limit_can_cut_more_than_5_percent_of_what_follows():
-    """Rewards 1 to 4 and a true end, 5 to 8 and a time limit of 4 steps; `0.4^(4 - step)` is at most 0.05 at step 0."""
-    found = known_returns(two_episodes(), 0.4, every=1)
-    expected = [1 + 0.4 * (2 + 0.4 * (3 + 0.4 * 4)), 5 + 0.4 * (6 + 0.4 * (7 + 0.4 * 8))]
-    assert found[[0, 4]].tolist() == pytest.approx(expected)
-    assert np.isnan(np.delete(found, [0, 4])).all()
-    assert np.isnan(known_returns(two_episodes(), 0.9, every=1)).all()
-    uncut = known_returns(two_episodes().select([0]), 0.9, every=2)
-    assert uncut[[0, 2]].tolist() == pytest.approx([1 + 1.8 + 0.81 * 3 + 0.729 * 4, 3 + 3.6])
-    assert np.isnan(uncut[[1, 3]]).all()
+def test_steps_are_compared_where_a_time_limit_hides_at_most_half_of_what_follows():
+    """A true end after 4 steps and a time limit of 4: `0.7^(4 - step)` is at most 0.5 before step 3."""
+    assert early(two_episodes(), 0.7, every=1).tolist() == [True, True, True, False] * 2
+    assert early(two_episodes(), 0.7, every=2).tolist() == [True, False, True, False] * 2
+    assert early(two_episodes().select([0]), 0.7, every=1).all()
+    assert not early(two_episodes(), 0.9, every=1).any()
 
 
 def test_critics_that_say_7_of_chunks_that_return_2_8_to_6_6_overestimate_by_the_difference():
@@ -174,9 +184,23 @@ def test_critics_that_say_7_of_chunks_that_return_2_8_to_6_6_overestimate_by_the
     for parameter in critics.target.parameters():
         torch.nn.init.zeros_(parameter)
     critics.target.body[-1].bias.data.fill_(7.0)
-    windows, normalizer = Windows(episodes, spec, GAMMA, require_next=True), Normalizer.fit(episodes, {"obs": "none"})
-    returns = torch.tensor([2.8, torch.nan, 6.6, torch.nan])
-    assert windows.rows.tolist() == [0, 1, 2, 3]
-    found = critics.overestimation(windows, returns, normalizer)
-    assert found == pytest.approx({"overestimation": 7 - 4.7, "monte_carlo": 4.7})
-    assert critics.overestimation(windows, torch.full((4,), torch.nan), normalizer) == {}
+    found = critics.overestimation(episodes, 2, Normalizer.fit(episodes, {"obs": "none"}))
+    followed = (1 + GAMMA * (2 + GAMMA * (3 + GAMMA * 4)) + 3 + GAMMA * 4) / 2
+    assert found == pytest.approx({"overestimation": 7 - followed, "monte_carlo": followed})
+
+
+@pytest.mark.parametrize("gamma", [0.7, 0.99])
+def test_behind_a_time_limit_the_last_whole_chunk_says_what_would_have_followed(gamma):
+    """Rewards 5 to 8, then cut, and every value is 7: `5 + gamma 6 + gamma^2 7` at step 0, `6 + gamma 7` at step 1."""
+    episodes = two_episodes().select([1])
+    spec, _ = batch_of(episodes, chunk=2)
+    critics = critics_for(episodes, spec, gamma=gamma)
+    for parameter in critics.target.parameters():
+        torch.nn.init.zeros_(parameter)
+    critics.target.body[-1].bias.data.fill_(7.0)
+    found = critics.overestimation(episodes, 1, Normalizer.fit(episodes, {"obs": "none"}))
+    if gamma == 0.99:
+        assert found == {}
+        return
+    followed = np.mean([5 + gamma * (6 + gamma * 7), 6 + gamma * 7, 7])
+    assert found == pytest.approx({"overestimation": 7 - followed, "monte_carlo": followed})

@@ -174,7 +174,11 @@ def with_defaults(settings: Any, default: Any) -> Any:
 
 def described(job: Job, episodes: Episodes) -> dict[str, Any]:
     """Return what made a run."""
-    return {"arguments": arguments(job, job.settings), "dataset_fingerprint": fingerprint(episodes), "versions": versions()}
+    return {
+        "arguments": arguments(job, job.settings),
+        "dataset_fingerprint": fingerprint(episodes),
+        "versions": versions(),
+    }
 
 
 def run(job: Job, args: Args) -> Run:
