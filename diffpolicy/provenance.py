@@ -2,6 +2,8 @@
 
 import hashlib
 import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import gymnasium
 import numpy as np
@@ -33,10 +35,13 @@ def check_same_dataset(before: str, now: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return what a result depends on besides the code."""
-    return {
+    """Return what a result depends on besides the code; of MuJoCo only where it is installed."""
+    found = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "gymnasium": gymnasium.__version__,
     }
+    with suppress(PackageNotFoundError):
+        found["mujoco"] = version("mujoco")
+    return found

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -58,12 +59,37 @@ def test_an_interval_of_several_training_seeds_knows_that_seeds_differ(results):
     assert wide.high - wide.low > 4 * (narrow.high - narrow.low)
 
 
-def test_a_difference_is_paired_so_a_constant_lead_of_7_has_no_width(results):
-    score = np.random.default_rng(0).uniform(0, 100, (2, 20))
-    table = {"bc": {"hopper-mixed": score}, "idql": {"hopper-mixed": score + 7}}
+def test_three_training_seeds_spread_by_the_unbiased_variance_of_their_mean(results):
+    """Runs of 0, 30 and 60: 900 / 3, where drawing all three of them again would say 600 / 3."""
+    draws = results._drawn([np.repeat([[0.0], [30.0], [60.0]], 20, axis=1)], results.mean_of_datasets, 0)
+    assert draws.var() == pytest.approx(300, rel=0.05)
+
+
+def test_the_interval_of_three_training_seeds_holds_the_truth_in_about_95_of_100_samples(results):
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(200):
+        runs = [50 + rng.normal(0, 6, (3, 1)) + rng.normal(0, 15, (3, 20)) for _ in range(3)]
+        found = results.estimate(runs)
+        held += found.low <= 50 <= found.high
+    assert 180 <= held <= 199
+
+
+def test_a_difference_is_that_of_the_means_of_all_seeds_and_its_variance_the_sum_of_both(results):
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(90, 20, (1, 400)), rng.normal(50, 10, (3, 400))
+    table = {"idql": {"hopper-mixed": ours}, "bc": {"hopper-mixed": theirs}}
     gap = results.difference(table, "idql", "bc", ["hopper-mixed"])
-    assert (gap.value, gap.low, gap.high) == pytest.approx((7, 7, 7))
+    assert gap.value == pytest.approx(ours.mean() - theirs.mean())
+    seeds = theirs.mean(1)
+    variance = ours.var() / 400 + seeds.var(ddof=1) / 3 + theirs.var(1).mean() / 800
+    assert gap.high - gap.low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.05)
     assert results.difference(table, "idql", "bc", ["hopper-mixed", "walker2d-mixed"]) is None
+
+
+def test_the_rate_of_one_runs_successes_has_wilsons_interval(results):
+    found = results.estimate([np.repeat([100.0, 0.0], [93, 7])[None]])
+    assert (found.value, found.low, found.high) == pytest.approx((93, 86.3, 96.6), abs=0.05)
 
 
 def test_a_group_is_averaged_only_where_all_its_runs_are_there(results, table, tmp_path):
@@ -78,12 +104,15 @@ def test_a_group_is_averaged_only_where_all_its_runs_are_there(results, table, t
     rows = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
         for line in text.splitlines()
-        if line
+        if line.startswith("|")
     }
     assert rows["hopper-mixed"] == ["56.0", "50.0", "90.0"]
     assert rows["walker2d-mixed"] == ["", "10.0", ""]
     assert rows["**mixed**, mean"] == ["", "30.0 [25.0, 35.0]", ""]
-    assert rows["cube-single-play"] == ["", "", "50.0 [0.0, 100.0]"]
+    assert rows["cube-single-play"] == ["", "", "50.0 [9.5, 90.5]"]
+    assert rows["**mixed**, training seeds"] == ["", "1", "1"]
+    assert rows["**mixed**, interquartile mean of the runs"] == ["", "", ""]  # of two runs it would leave out none
+    assert "after 10 gradient steps, 2 episodes a training seed" in text
     assert len(json.loads((tmp_path / "offline_rl.json").read_text())["runs"]) == 4
     assert (tmp_path / "offline_rl.png").stat().st_size > 5000
 
@@ -111,11 +140,50 @@ def hopper_data(path: Path) -> None:
     dp.save(from_list(episodes), path)
 
 
-def test_a_finished_run_is_not_run_again_and_one_of_other_settings_is_refused(results, table, tmp_path, monkeypatch):
+@pytest.fixture
+def script(results, table, monkeypatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("offline_rl_main", FOLDER / "__main__.py")
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(importlib.sys.modules, "offline_rl_main", script)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_a_run_stopped_twice_ends_where_an_uninterrupted_one_does_also_if_it_is_older_than_a_setting(
+    script, tmp_path, monkeypatch
+):
+    hopper_data(tmp_path / "hopper-mixed.hdf5")
+    train, stop = script.training.train, [9]
+
+    def stopping(agent, episodes, config, folder, description):
+        often = replace(config, log_every=1, checkpoint_every=1)
+        for step, metrics in train(agent, episodes, often, folder, description):
+            yield step, metrics
+            if step == stop[0]:
+                raise KeyboardInterrupt
+
+    def run(out):
+        argv = ["--datasets", "hopper-mixed", "--agents", "idql", "--episodes", "2", "--steps", "6"]
+        monkeypatch.setattr("sys.argv", ["offline_rl", str(tmp_path), "--out", str(out), *argv])
+        script.main()
+
+    monkeypatch.setattr(script.training, "train", stopping)
+    run(tmp_path / "whole")
+    for stop[0] in (2, 4):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+        config = tmp_path / "parts/runs/idql-hopper-mixed-0/config.json"
+        described = json.loads(config.read_text())
+        described["arguments"]["idql"].pop("compile", None)
+        config.write_text(json.dumps(described))
+    run(tmp_path / "parts")
+    whole, parts = (
+        json.loads((tmp_path / out / "results/idql-hopper-mixed-0.json").read_text()) for out in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_a_finished_run_is_not_run_again_and_one_of_other_settings_is_refused(results, script, tmp_path, monkeypatch):
     hopper_data(tmp_path / "hopper-mixed.hdf5")
 
     def run(*more):
@@ -138,6 +206,15 @@ def test_a_finished_run_is_not_run_again_and_one_of_other_settings_is_refused(re
     changed = plain["settings"] | {"bc": plain["settings"]["bc"] | {"preference": 10.0}}
     assert (control["agent"], control["settings"]) == ("bc+preference", changed)
     assert control["score"] != plain["score"]
+    run("--agents", "bc+narrow", "--steps", "3")  # plays the run of bc, with a quarter of the noise
+    narrow = json.loads((tmp_path / "out/results/bc+narrow-hopper-mixed-0.json").read_text())
+    assert narrow["settings"]["bc"].pop("sampler")["temperature"] == 0.25
+    assert plain["settings"]["bc"]["sampler"]["temperature"] == 1.0
+    assert narrow["score"] != plain["score"]
+    assert sorted(path.name for path in (tmp_path / "out/runs").glob("bc*")) == [
+        "bc+preference-hopper-mixed-0",
+        "bc-hopper-mixed-0",
+    ]
     (tmp_path / "out/results/bc-hopper-mixed-0.json").unlink()
     run("--agents", "bc", "--steps", "3")  # from the checkpoint of the last step: only played again
     again = json.loads((tmp_path / "out/results/bc-hopper-mixed-0.json").read_text())

@@ -126,7 +126,10 @@ def main() -> None:
     (args.out / "results").mkdir(parents=True, exist_ok=True)
     for name, dataset, seed in wanted(args):
         path = args.out / "results" / f"{name}-{dataset}-{seed}.json"
-        if not path.exists():
+        if path.exists():
+            if (steps := json.loads(path.read_text())["steps"]) != args.steps:
+                parser.error(f"{path} has {steps} steps, not {args.steps}; give another --out, or remove it")
+        else:
             result = run(args, name, dataset, seed)
             temporary = path.with_name(f".{path.name}")
             temporary.write_text(json.dumps(result, indent=1))

@@ -136,7 +136,9 @@ def trained(job: Job, episodes: Episodes, folder: Path) -> Policy:
     agent = make_agent(job.algorithm, job.settings, spec, episodes, job.task.kinds, job.train, torch.device("cpu"))
     description = described(job, episodes)
     config = folder / "config.json"
-    if config.exists() and with_defaults(json.loads(config.read_text()), {"arguments": defaults(job)}) != description:
+    before = json.loads(config.read_text()) if config.exists() else description
+    before.pop("resumed", None)  # how it was described by whoever began it
+    if with_defaults(before, {"arguments": defaults(job)}) != description:
         raise PolicyError(f"{folder} holds a run of other settings, data or versions; give another --out, or remove it")
     for step, metrics in training.train(agent, episodes, job.train, folder, description):
         if step % job.train.validate_every == 0:

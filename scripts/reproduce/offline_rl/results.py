@@ -4,8 +4,10 @@
 
 A run's score is the mean of its episodes. A group of datasets (all `mixed` ones, say) has the mean of its datasets'
 means and the interquartile mean of its runs (Agarwal et al. 2021). Intervals are percentiles of a bootstrap that draws,
-for each dataset, training seeds with replacement, then episodes of each; two agents are compared on the same draws,
-since episode k of every agent began from the same seed. With one training seed an interval knows of episodes alone.
+for each dataset, training seeds with replacement, one fewer than there are, since with all of so few it knows too
+little of how they differ (Rao and Wu 1988), then episodes of each. With one training seed an interval knows of episodes
+alone. Two agents are compared with all that each has, drawn apart: runs of one seed have nothing in common but their
+first states, and the scores of their episodes do not go together.
 """
 
 import json
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from diffpolicy.report import Estimate
+from diffpolicy.report import Estimate, wilson
 
 RESAMPLES = 5000
 EVALUATION_SEED = 100_000
@@ -67,7 +69,7 @@ def read(folder: Path) -> list[Run]:
 def tabulate(runs: Sequence[Run]) -> dict[str, dict[str, np.ndarray]]:
     """Return scores `(training seeds, episodes)` by agent and dataset, episodes cut to the fewest.
 
-    Seeds count from 0 to the first that has not been run, so that those of any two agents are paired.
+    Seeds count from 0 to the first that has not been run: nobody has picked those that came out well.
     """
     table: dict[str, dict[str, np.ndarray]] = {}
     for agent in sorted({run.agent for run in runs}):
@@ -94,28 +96,41 @@ def interquartile_mean(runs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def estimate(scores: Sequence[np.ndarray], statistic: Statistic = mean_of_datasets) -> Estimate:
-    """Return a statistic of datasets' scores `(seeds, episodes)` with its interval."""
-    rng = np.random.default_rng(0)
-    value = float(statistic([s.mean(1)[None] for s in scores])[0])
-    low, high = np.percentile(statistic([_resampled(s, rng) for s in scores]), [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
-
-
-def _resampled(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Scores of resampled runs, `(B, seeds)`: seeds with replacement, then episodes of each."""
-    seeds, episodes = scores.shape
-    seed = rng.integers(seeds, size=(RESAMPLES, seeds, 1))
-    episode = rng.integers(episodes, size=(RESAMPLES, seeds, episodes))
-    return scores[seed, episode].mean(-1)
+    """Return a statistic of datasets' scores `(seeds, episodes)` with its interval: Wilson's of one run's successes."""
+    if len(scores) == 1 and len(scores[0]) == 1 and set(scores[0].flat) <= {0.0, 100.0}:
+        rate = wilson(int((scores[0] > 0).sum()), scores[0].size)
+        return Estimate(100 * rate.value, 100 * rate.low, 100 * rate.high)
+    return _between(_value(scores, statistic), _drawn(scores, statistic, 0))
 
 
 def difference(table: Table, agent: str, other: str, datasets: Sequence[str]) -> Estimate | None:
-    """Return by how much an agent is ahead of another, paired by seeds; None where either lacks a dataset."""
+    """Return by how much an agent's mean over datasets is ahead of another's; None where either lacks a dataset."""
     if not all(dataset in table.get(a, {}) for a in (agent, other) for dataset in datasets):
         return None
-    return estimate([_paired(table[agent][d], table[other][d]) for d in datasets])
+    ours, theirs = ([table[a][dataset] for dataset in datasets] for a in (agent, other))
+    value = _value(ours, mean_of_datasets) - _value(theirs, mean_of_datasets)
+    return _between(value, _drawn(ours, mean_of_datasets, 0) - _drawn(theirs, mean_of_datasets, 1))
 
 
-def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    seeds, episodes = min(len(a), len(b)), min(a.shape[1], b.shape[1])
-    return a[:seeds, :episodes] - b[:seeds, :episodes]
+def _between(value: float, draws: np.ndarray) -> Estimate:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
+
+
+def _value(scores: Sequence[np.ndarray], statistic: Statistic) -> float:
+    return float(statistic([s.mean(1)[None] for s in scores])[0])
+
+
+def _drawn(scores: Sequence[np.ndarray], statistic: Statistic, stream: int) -> np.ndarray:
+    """The statistic of resampled runs, `(RESAMPLES,)`."""
+    rng = np.random.default_rng(stream)
+    return statistic([_resampled(s, rng) for s in scores])
+
+
+def _resampled(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Scores of resampled runs: seeds with replacement, one fewer than there are, then episodes of each."""
+    seeds, episodes = scores.shape
+    drawn = max(seeds - 1, 1)
+    seed = rng.integers(seeds, size=(RESAMPLES, drawn, 1))
+    episode = rng.integers(episodes, size=(RESAMPLES, drawn, episodes))
+    return scores[seed, episode].mean(-1)
