@@ -32,6 +32,7 @@ from diffpolicy.parts import DenoiserConfig
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, OBS, ACTION, BATCH = 100_000, 11, 3, 256
+PUBLISHED = DenoiserConfig("mlp", hidden_dim=512, depth=3, step_embed_dim=64, prediction="v_prediction")
 EQUAL = DenoiserConfig("mlp", hidden_dim=256, depth=1, step_embed_dim=32, prediction="v_prediction")
 
 
@@ -50,9 +51,11 @@ class Row:
 ROWS = (
     Row("idql-critics", "critics and value, 2 layers of 256", Idql, IdqlConfig(), critics_only=True),
     Row("idql-equal", "the same with an actor of 2 layers of 256", Idql, IdqlConfig(EQUAL)),
-    Row("idql", "published sizes: an actor of 3 blocks of 256", Idql, IdqlConfig()),
-    Row("dql", "published sizes: the same actor, sampled in 5 steps, critics of 3 layers of 256", Dql, DqlConfig()),
-    Row("qc", "published sizes: chunks of 5, an actor of 3 blocks and critics of 4 layers of 512", Qc, QcConfig(), 5),
+    Row("idql", "the defaults: an actor of 3 blocks of 256", Idql, IdqlConfig()),
+    Row("idql-published", "an actor with as many weights as the paper's, 3 blocks of 512", Idql, IdqlConfig(PUBLISHED)),
+    Row("dql", "the defaults: an actor of 3 blocks of 256, critics of 3 layers of 256", Dql, DqlConfig()),
+    Row("dql-published", "an actor of 3 layers of 256, as the paper's", Dql, DqlConfig(EQUAL)),
+    Row("qc", "the defaults: chunks of 5, an actor of 3 blocks and critics of 4 layers of 512", Qc, QcConfig(), 5),
 )
 
 
