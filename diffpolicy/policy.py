@@ -5,7 +5,8 @@
 `plan(history, noise)` is a function of its arguments. `predict` follows stable-baselines3's protocol; the state of a
 rollout is a value that the caller holds, so one policy serves many environments, and starting one of them over
 touches no other. The noise of a plan is drawn from (seed, episode, plan), where episodes are numbered over all
-environments in turn: a rollout of the same episodes gives the same actions with any number of environments.
+environments in turn: a rollout of the same episodes gives the same actions with any number of environments, up to the
+rounding of other batch sizes.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ from diffpolicy.parts import (
     make_selector,
     why_not,
 )
+from diffpolicy.precision import full_precision
 
 Plan = Callable[[Mapping[str, torch.Tensor], torch.Tensor, Prefix | None], torch.Tensor]
 
@@ -200,9 +202,10 @@ class Policy(nn.Module):
         """
         if self.compiled is not None:
             return self.compiled(history, noise, prefix)
-        cond = self.encoder(self.normalizer.encode_obs(history))
-        planner = self.planner if prefix is None else self.joining(self.guided, prefix)
-        return self.normalizer.decode_action(planner(cond, noise))
+        with full_precision(self.device):
+            cond = self.encoder(self.normalizer.encode_obs(history))
+            planner = self.planner if prefix is None else self.joining(self.guided, prefix)
+            return self.normalizer.decode_action(planner(cond, noise))
 
     def joining(self, denoiser: Denoiser, prefix: Prefix) -> Sample | BestOf:
         """Return a planner around `denoiser`, of the policy's sampler and selection, that knows the prefix.

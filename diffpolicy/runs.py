@@ -105,7 +105,7 @@ def restore(agent: Saved, run: Path) -> None:
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         first = str(error).splitlines()[0] if str(error) else repr(error)
         raise PolicyError(
-            f"{path} cannot be resumed ({first}); use the same arguments, or start in a new folder"
+            f"{path} cannot be resumed ({first}); use the same arguments and kind of device, or start in a new folder"
         ) from error
 
 

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,8 @@ Metrics = dict[str, float]
 Play = Callable[[Policy, int], Episodes]
 VALIDATION_WINDOWS = 512
 VALIDATION_EPISODES = 20
+AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")
+"""While it lasts nothing is compiled: looking at an agent now and then is not worth compiling for its batches."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +146,20 @@ def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = 
         order = WeightedOrder(windows, config.batch_size, config.seed)
     last, clock = agent.step, time.perf_counter()
     intervals = config.log_every, config.validate_every, config.checkpoint_every, config.evaluate_every
+
+    def batch_of(step: int) -> Batch:
+        return agent.normalizer.encode(windows.gather(order(step)).to(agent.device))
+
+    broken = torch.full((), -1, device=agent.device)  # the first step whose loss or gradient was not a number
     while agent.step < config.steps:
-        batch = agent.normalizer.encode(windows.gather(order(agent.step)).to(agent.device))
-        metrics = agent.update(batch)
+        step = agent.step
+        metrics = agent.update(batch_of(step))
+        both = torch.as_tensor(metrics["loss"] + metrics["grad_norm"], device=agent.device)  # it spoils weights first
+        broken = torch.where((broken < 0) & ~both.isfinite(), step, broken)
         log = any(config.due(agent.step, every) for every in intervals)
-        # Reading the loss waits for the device, so on CUDA it is checked only when it is logged.
-        if log or agent.device.type == "cpu":
-            seen = [float(metrics[name]) for name in ("loss", "grad_norm")]  # a gradient spoils the weights first
-            if not np.isfinite(seen).all():
-                raise TrainingError(_report_nan(batch, agent.step, run))
+        # Reading a number waits for the device, so on CUDA it is looked at only when something is logged.
+        if (log or agent.device.type == "cpu") and (step := int(broken)) >= 0:
+            raise TrainingError(_report_nan(batch_of(step), step + 1, run))
         if log:
             agent.check()
             seconds = time.perf_counter() - clock
@@ -261,14 +269,17 @@ def train(
     with SummaryWriter(str(run), purge_step=agent.step) as board, (run / "metrics.jsonl").open("a") as log:
         for step, metrics in fit(agent, windows, config, run):
             if config.due(step, config.validate_every):
-                found, distributions, (sampled, true) = validate(agent, validation)
-                before = agent.hindsight(recorded, episodes, 1)
+                with AS_WRITTEN():
+                    found, distributions, (sampled, true) = validate(agent, validation)
+                    before = agent.hindsight(recorded, episodes, 1)
                 metrics |= found | {f"validation/{name}": value for name, value in before.items()}
                 for name, values in distributions.items():
                     board.add_histogram(name, values, step)
                 board.add_figure("validation/chunks", pictures.chunks(sampled, true), step)
             if play and config.due(step, config.evaluate_every):
-                evaluation = evaluate_meanwhile(agent, play(agent.policy(), config.evaluate_episodes), episodes)
+                with AS_WRITTEN():
+                    played = play(agent.policy(), config.evaluate_episodes)
+                    evaluation = evaluate_meanwhile(agent, played, episodes)
                 runs.keep_best(agent, run, step, evaluation)
                 metrics |= evaluation
             for name, value in metrics.items():

@@ -93,7 +93,9 @@ class PretendedCuda(TorchFunctionMode):
             raise RuntimeError(f"{func.__name__}: some are on cuda:0, one of {[*strangers[0].shape]} on the CPU")
         masked = indexed and any(isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1]))
         moved = func in MOVE and place(args[0]) != result
-        sent = func in FROM_HOST or (func == Tensor.copy_ and place(args[1]) != result) or (indexed and on_host)
+        taken = args[-1] if func == Tensor.new_tensor else args[0] if args else None
+        made = func in FROM_HOST and not (isinstance(taken, Tensor) and place(taken) == result)
+        sent = made or (func == Tensor.copy_ and place(args[1]) != result) or (indexed and on_host)
         if func in WAIT or masked or ((moved or sent) and not kwargs.get("non_blocking")):
             self.waits[f"{func.__name__} {_line()}"] += 1
 
@@ -114,6 +116,7 @@ class PretendedCuda(TorchFunctionMode):
         for target, name, pretended in (
             (torch, "Generator", Generator),
             (torch, "load", read),
+            (Tensor, "pin_memory", lambda tensor: tensor),
             (nn.Parameter, "__deepcopy__", copy),
             (clip_grad, "_group_tensors_by_device_and_dtype", group),
             (torch.cuda, "device_count", lambda: 1),

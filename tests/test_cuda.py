@@ -12,12 +12,18 @@ from agent_cases import AGENTS, EULER, FLOW, UNET
 from pretended_cuda import Generator, PretendedCuda
 from worlds import bandit
 
+from diffpolicy import compiler
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.agents.distill import Distill, DistillConfig
 from diffpolicy.agents.mip import Mip, MipConfig
+from diffpolicy.control import compile_plan
 from diffpolicy.data.normalizer import Normalizer
+from diffpolicy.data.order import Order
 from diffpolicy.data.spec import Spec
-from diffpolicy.train import Agent, TrainConfig, train
+from diffpolicy.errors import SpecError, TrainingError
+from diffpolicy.learning.descent import compile_training
+from diffpolicy.precision import full_precision
+from diffpolicy.train import Agent, TrainConfig, fit, train
 
 EPISODES = bandit(40, steps=4)
 SPEC = Spec.from_episodes(EPISODES, horizon=4, n_obs_steps=1, n_action_steps=2)
@@ -45,8 +51,10 @@ def waiting_for_nothing(cuda: PretendedCuda | None):
     """Fail if anything within waits for the GPU."""
     if cuda is None:
         torch.cuda.set_sync_debug_mode("error")
-        yield
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     else:
         before = cuda.waits.copy()
         yield
@@ -141,3 +149,49 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(cuda, name, tmp_path):
     if cuda is not None:  # a GPU's sums have no fixed order
         assert logged["whole"] == logged["parts"]
         assert all(torch.equal(a, b) for a, b in zip(states["whole"], states["parts"], strict=True))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_a_loss_that_is_no_number_is_found_when_something_is_logged_and_its_own_batch_is_saved(device, tmp_path):
+    agent = make("idql", device, tmp_path)
+    windows = agent.windows(EPISODES, torch.device("cpu"))  # too large for the GPU
+    order, update = Order(len(windows), 16, 0), agent.update
+
+    def spoiled(batch):
+        found = update(batch)
+        return {**found, "loss": found["loss"] * (torch.nan if agent.step == 3 else 1.0)}
+
+    agent.update = spoiled
+    with pytest.raises(TrainingError, match="became not a number at step 3"):
+        for _ in fit(agent, windows, TrainConfig(steps=10, batch_size=16, log_every=5), tmp_path):
+            pass
+    with np.load(tmp_path / "nan_batch.npz") as saved:
+        expected = agent.normalizer.encode(windows.gather(order(2)).to(agent.device)).action.cpu().numpy()
+        np.testing.assert_array_equal(saved["action"], expected)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_plans_convolve_in_float32_and_what_was_allowed_before_is_again_afterwards(device, tmp_path, monkeypatch):
+    policy, seen = make("bc, U-Net", device, tmp_path).policy(), []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    policy.encoder.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    for planning in (policy, policy.with_plan(compile_plan(policy, 1, "eager"))):
+        planning.predict({"obs": np.zeros((1, 1), np.float32)})
+    with full_precision(torch.device("cpu")):
+        seen.append(torch.backends.cudnn.allow_tf32)
+    assert seen == [False] * (len(seen) - 1) + [True] and len(seen) > 2
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_what_compiling_for_a_gpu_lacks_is_said_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(compiler, "find_spec", lambda name: None)
+    assert compiler.why_no_compiler("cuda") == "needs triton, and it is not installed; pip install triton"
+    monkeypatch.setattr(compiler, "find_spec", lambda name: name)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: name if name == "clang" else None)
+    assert compiler.why_no_compiler("cuda") == ""
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    assert compiler.why_no_compiler("cuda").startswith("needs a C compiler and finds no gcc nor clang; install it")
+    with pytest.raises(SpecError, match="--compile needs a C compiler"):
+        compile_training(torch.nn.Linear(1, 1), torch.device("cuda"))

@@ -27,6 +27,7 @@ from diffpolicy.learning.imitation import Imitation, ImitationConfig
 from diffpolicy.learning.imitator import Imitator, autocast
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy
+from diffpolicy.precision import full_precision
 
 ONE_STEP = SamplerConfig("one_step", 1)
 
@@ -91,7 +92,8 @@ class Distill(Imitation[DistillConfig]):
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """`| D(z, 1, o) - x(z, o) |^2`, over whole chunks: the teacher makes no padding."""
         z = torch.randn(batch.action.shape, generator=generator, device=batch.action.device)
-        with torch.no_grad():  # in full precision, as the teacher acts: at t = 1 rounding is divided by alpha
+        # In full precision, as the teacher acts: at t = 1 rounding is divided by alpha.
+        with torch.no_grad(), full_precision(z.device):
             taught = self.planner(self.teacher.encoder(batch.obs), z.unsqueeze(0))
         with autocast(z.device, self.config.bf16):
             chunk = model.denoiser(z, 1.0, model.encoder(batch.obs))

@@ -41,21 +41,21 @@ class Batch:
     steps: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
+        """Return the batch on a device; on its way to a GPU nothing waits."""
         if self.action.device == device:
             return self
 
-        def moved(obs: Obs) -> Obs:
-            return {name: array.to(device) for name, array in obs.items()}
+        def moved(array: torch.Tensor) -> torch.Tensor:
+            return (array.pin_memory() if device.type == "cuda" else array).to(device, non_blocking=True)
 
         return Batch(
-            obs=moved(self.obs),
-            action=self.action.to(device),
-            valid=self.valid.to(device),
-            reward=self.reward.to(device),
-            next_obs=moved(self.next_obs),
-            discount=self.discount.to(device),
-            steps=self.steps.to(device),
+            obs={name: moved(array) for name, array in self.obs.items()},
+            action=moved(self.action),
+            valid=moved(self.valid),
+            reward=moved(self.reward),
+            next_obs={name: moved(array) for name, array in self.next_obs.items()},
+            discount=moved(self.discount),
+            steps=moved(self.steps),
         )
 
 

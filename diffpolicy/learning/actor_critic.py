@@ -116,7 +116,7 @@ class ActorCritic(ABC, Generic[C]):
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.step = 0
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone: a user's GPUs keep theirs
             self.actor = self.make_actor(config.denoiser, config.sampler)
             critic = make_critic(config.critic, spec, normalizer).to(self.device)
             self.critics = Critics(critic, spec, config.td)

@@ -179,8 +179,8 @@ class Critics:
 
     def compile(self) -> None:
         """Have the members compiled at the first step."""
-        self.critic.compile()
-        self.target.compile()
+        self.critic.compile(dynamic=False)
+        self.target.compile(dynamic=False)
 
     def check(self, step: int) -> None:
         """Stop where values have left what any return of the rewards seen could be.

@@ -47,12 +47,12 @@ def compile_training(network: nn.Module, device: torch.device, *more: nn.Module)
     """Have a network compiled at its first training step: the U-Net's norms on a CPU, else all of it, and `more`.
 
     Raises:
-        SpecError: if there is no C++ compiler for a CPU.
+        SpecError: if there is no compiler.
     """
-    reason = why_no_compiler() if device.type == "cpu" else ""
+    reason = why_no_compiler(device.type)
     if reason:
         raise SpecError(f"--compile {reason}, or leave it out")
     if device.type == "cpu" and fuse_norms(network):
         return
     for module in (network, *more):
-        module.compile()
+        module.compile(dynamic=False)  # the few batches of a run are known

@@ -85,7 +85,7 @@ class Imitation(ABC, Generic[C]):
         self.device = torch.device(device)
         self.normalizer = normalizer.to(self.device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone: a user's GPUs keep theirs
             self.model = self.make_model().to(self.device)
         self.ema = Ema(self.model, config.ema_power)
         self.optimizer = torch.optim.AdamW(

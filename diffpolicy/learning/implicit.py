@@ -45,7 +45,7 @@ class ExpectileValue:
 
     def compile(self) -> None:
         """Have the network compiled at the first step."""
-        self.value.compile()
+        self.value.compile(dynamic=False)
 
     def update(self, cond: torch.Tensor, q: torch.Tensor, weight: torch.Tensor) -> tuple[Metrics, torch.Tensor]:
         """Take one step towards the expectile of `q` `(B,)`; `value_loss`, and `q - V` `(B,)` before the step."""

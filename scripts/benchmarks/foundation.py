@@ -105,7 +105,7 @@ def bench_train(
     """Whole training steps: batch, loss, gradient, optimizer, average of the weights; ours with `--compile` or not."""
     episodes = random_episodes(20_000, 200, 20)
     spec = Spec.from_episodes(episodes, 16, 2, 8)
-    config = BcConfig(DenoiserConfig(down_dims=dims), compile=compiled)
+    config = BcConfig(DenoiserConfig(down_dims=dims), compile=compiled, bf16=False)  # as the peer
     agent = Bc(spec, Normalizer.fit(episodes), config, 10_000, device)
     windows = Windows(episodes, spec, device=device)
     generator = torch.Generator().manual_seed(0)

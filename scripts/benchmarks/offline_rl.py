@@ -130,6 +130,7 @@ def seconds_of(step: Callable[[], None], steps: int) -> float:
 
 def bench_alone(row: Row, device: torch.device, rounds: int, seconds: float) -> dict[str, Any]:
     """Alternate between the agent as it is and compiled; return the medians of a row."""
+    torch.compiler.reset()  # or the shapes of the rows before would be compiled for, too
     runs = [step_of(row, device, compiled) for compiled in (False, True)]
     for run in runs:  # compiles
         seconds_of(run, 20)

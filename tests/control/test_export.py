@@ -214,7 +214,7 @@ def test_a_file_that_acts_otherwise_is_refused_with_the_difference_and_what_was_
 
 def test_what_cannot_be_exported_is_refused_in_one_sentence_before_anything_is_written(monkeypatch, tmp_path):
     policy = make_policy()
-    monkeypatch.setitem(FORMATS, "later", Format(".later", print, print, ready=lambda: "needs a compiler"))  # type: ignore
+    monkeypatch.setitem(FORMATS, "later", Format(".later", print, print, ready=lambda kind: "needs a compiler"))  # type: ignore
     monkeypatch.setitem(FORMATS, "cuda", Format(".engine", print, print, device="cuda"))  # type: ignore
     monkeypatch.setitem(FORMATS, "absent", Format(".absent", print, print, packages=("no_such_package",)))  # type: ignore
     for path, kind, batch_size, words in (

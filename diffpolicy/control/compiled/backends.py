@@ -89,14 +89,14 @@ class Backend:
         bodies: makes them.
         device: the kind it runs on, None for any.
         packages: what it imports.
-        ready: says why this machine cannot run it, or nothing.
+        ready: says why this machine cannot run it on a kind of device, or nothing.
         wrap: makes something faster of the chain around the bodies, given example inputs.
     """
 
     bodies: Callable[[Job], Bodies]
     device: str | None = None
     packages: tuple[str, ...] = ()
-    ready: Callable[[], str] = lambda: ""
+    ready: Callable[[str], str] = lambda kind: ""
     wrap: Callable[[ChainPlan, torch.Tensor, torch.Tensor], ChainPlan] = lambda chain, cond, noise: chain
 
     def chain(self, job: Job, bodies: Bodies) -> ChainPlan:
@@ -117,7 +117,7 @@ class Backend:
                 f"device={self.device!r}, or choose one of {', '.join(usable_on(kind))}"
             )
         require(self.packages, f"the backend {name!r}")
-        if reason := self.ready():
+        if reason := self.ready(kind):
             raise PolicyError(f"the backend {name!r} {reason}")
 
 
@@ -181,9 +181,9 @@ def _inductor(job: Job) -> Bodies:
     return Bodies(body, body)
 
 
-def cpp_compiler() -> str:
-    """Say why nothing can be compiled here, or nothing."""
-    reason = why_no_compiler()
+def compiler(kind: str) -> str:
+    """Say why nothing can be compiled here for a kind of device, or nothing."""
+    reason = why_no_compiler(kind)
     return reason and f"{reason}, or choose another backend"
 
 
@@ -202,7 +202,8 @@ class CapturedChain:
                 chain(self.cond, self.noise)
         torch.cuda.current_stream(cond.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(cond.device), torch.cuda.graph(self.graph, stream=stream):
+        captured = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")  # others may allocate
+        with torch.cuda.device(cond.device), captured:
             self.chunk = chain(self.cond, self.noise)
 
     def __call__(self, cond: torch.Tensor, noise: torch.Tensor, prefix: Prefix | None = None) -> torch.Tensor:
@@ -245,7 +246,7 @@ def _openvino(job: Job, precision: str = "f32", product: Product = Exact) -> Bod
 OPENVINO, ONNXRUNTIME = ("openvino", *EXPORT), ("onnxruntime", *EXPORT)
 BACKENDS: dict[str, Backend] = {
     "eager": Backend(_eager),
-    "inductor": Backend(_inductor, ready=cpp_compiler),
+    "inductor": Backend(_inductor, ready=compiler),
     "cudagraph": Backend(_eager, "cuda", wrap=CapturedChain),
     "cudagraph-bf16": Backend(_bfloat16, "cuda", wrap=CapturedChain),
     "onnxruntime": Backend(_onnxruntime, "cpu", ONNXRUNTIME),

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpolicy.control.compiled.backends import ONNXRUNTIME, OPENVINO, Job, cpp_compiler, require
+from diffpolicy.control.compiled.backends import ONNXRUNTIME, OPENVINO, Job, compiler, require
 from diffpolicy.control.compiled.chain import Bodies
 from diffpolicy.control.compiled.runtimes import quiet, to_onnx
 from diffpolicy.errors import PolicyError
@@ -67,7 +67,7 @@ class Format:
         read: from a path, ready to run.
         packages: what both import.
         device: the kind it is written on, None for the policy's own.
-        ready: says why this machine cannot write it, or nothing.
+        ready: says why this machine cannot write it for a kind of device, or nothing.
         options: of the runtime, with which it acts as the policy does.
     """
 
@@ -76,7 +76,7 @@ class Format:
     read: Callable[[Path], Run]
     packages: tuple[str, ...] = ()
     device: str | None = None
-    ready: Callable[[], str] = lambda: ""
+    ready: Callable[[str], str] = lambda kind: ""
     options: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, name: str, policy: Policy, path: Path) -> None:
@@ -94,7 +94,7 @@ class Format:
             raise PolicyError(f"the policy is on {policy.device}; load it with device={self.device!r} for {name!r}")
         if "noise" in policy.spec.obs_shapes:
             raise PolicyError("an observation is called 'noise', the name of an input of its own; rename it")
-        if reason := self.ready():
+        if reason := self.ready(policy.device.type):
             raise PolicyError(f"the format {name!r} {reason}")
 
 
@@ -219,9 +219,18 @@ def _read_aoti(path: Path) -> Run:
     return torch._inductor.aoti_load_package(str(path))
 
 
+def _toolchain(kind: str) -> str:
+    """Say what a packaged library needs besides what runs it: it is linked here."""
+    from torch.utils.cpp_extension import CUDA_HOME  # looks for it at import
+
+    if kind == "cuda" and CUDA_HOME is None:
+        return "needs NVIDIA's CUDA toolkit on a GPU and finds none; set CUDA_HOME, or choose torch_export"
+    return compiler("cpu") or (compiler(kind) if kind != "cpu" else "")
+
+
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", _write_onnx, _read_onnx, ONNXRUNTIME, "cpu"),
     "openvino": Format(".xml", _write_openvino, _read_openvino, OPENVINO, "cpu", options=FULL_PRECISION),
     "torch_export": Format(".pt2", lambda job, path: torch.export.save(program(job), path), _read_program),
-    "aoti": Format(".pt2", _write_aoti, _read_aoti, ready=cpp_compiler),
+    "aoti": Format(".pt2", _write_aoti, _read_aoti, ready=_toolchain),
 }

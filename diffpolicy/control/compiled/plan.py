@@ -19,6 +19,7 @@ from diffpolicy.diffusion.prefix import Prefix
 from diffpolicy.errors import DiffPolicyError, PolicyError
 from diffpolicy.parts import SamplerConfig
 from diffpolicy.policy import Policy
+from diffpolicy.precision import full_precision
 
 CHECKS = 4
 
@@ -52,7 +53,7 @@ class CompiledPlan:
         self.batch_size = job.batch_size
         self.measured: tuple[Measured, ...] = ()
         self._policy, self._bodies = job.policy.with_sampler(job.policy.sampler_config), bodies
-        with torch.inference_mode():
+        with torch.inference_mode(), full_precision(job.policy.device):
             self._chain = BACKENDS[backend].chain(job, bodies)
 
     def with_sampler(self, config: SamplerConfig) -> "CompiledPlan":
@@ -71,12 +72,14 @@ class CompiledPlan:
         draws = self._policy.planner.draws if prefix is None else self._policy.draws(prefix.repeats)
         self._check(history, noise, draws, prefix)
         policy, n, size = self._policy, noise.shape[1], self.batch_size
-        cond, noise = policy.encoder(policy.normalizer.encode_obs(history)), noise[:draws]
-        if n == size:
-            return self._chain(cond, noise, prefix)
-        filled = torch.arange(-(-n // size) * size, device=noise.device).clamp_(max=n - 1)
-        pieces = [self._chain(cond[rows], noise[:, rows], _of_rows(prefix, rows)) for rows in filled.split(size)]
-        return torch.cat(pieces)[:n]
+        with full_precision(policy.device):
+            cond = policy.encoder(policy.normalizer.encode_obs(history))
+            noise = noise[:draws].clone()  # a tensor of inference mode, as all later x_t: a compiler takes no other
+            if n == size:
+                return self._chain(cond, noise, prefix)
+            filled = torch.arange(-(-n // size) * size, device=noise.device).clamp_(max=n - 1)
+            pieces = [self._chain(cond[rows], noise[:, rows], _of_rows(prefix, rows)) for rows in filled.split(size)]
+            return torch.cat(pieces)[:n]
 
     def _check(
         self, history: Mapping[str, torch.Tensor], noise: torch.Tensor, draws: int, prefix: Prefix | None

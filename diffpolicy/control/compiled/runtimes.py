@@ -94,9 +94,9 @@ def _openvino_threads(model: Any, precision: str, threads: int) -> tuple[Body, t
     return body, tuple(torch.zeros(tuple(port.shape)) for port in compiled.inputs)
 
 
-def lacks_bfloat16() -> str:
-    """Return why this CPU does not compute in bfloat16, nothing if it does."""
+def lacks_bfloat16(kind: str) -> str:
+    """Return why this machine's `kind`, the CPU, does not compute in bfloat16, nothing if it does."""
     core = import_module("openvino").Core()
-    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" in core.get_property(kind.upper(), "OPTIMIZATION_CAPABILITIES"):
         return ""
     return "needs a CPU that multiplies bfloat16 (AVX512-BF16 or AMX); choose openvino-int8 or openvino"
