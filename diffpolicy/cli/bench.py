@@ -77,7 +77,7 @@ def bench(argv: Sequence[str]) -> None:
     _print(rows, left_out, scores)
     found = {
         "policy": {"sampler": asdict(policy.sampler_config), "device": str(policy.device), "batch": args.batch_size},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": _machine(policy.device),
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
         "left_out": [{"sampler": asdict(config), "why": why} for config, why in left_out],
@@ -92,6 +92,12 @@ def bench(argv: Sequence[str]) -> None:
     if scores:
         pictures.latency(found, args.budget_ms).savefig(out / "bench.png", dpi=120)
         print(f"  picture      {out / 'bench.png'}")
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _check(args: BenchArgs, backends: Sequence[str], samplers: Sequence[str]) -> None:
