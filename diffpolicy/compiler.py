@@ -11,11 +11,11 @@ def why_no_compiler(kind: str = "cpu") -> str:
     if kind == "cuda":
         if find_spec("triton") is None:
             return "needs triton, and it is not installed; pip install triton"
-        names, kept = (os.environ.get("CC"), "gcc", "clang"), "CC"
+        own, usual, language, variable = os.environ.get("CC"), ("gcc", "clang"), "C", "CC"
     else:
-        names, kept = (os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"),), "CXX"
-    if any(name and shutil.which(name) for name in names):
+        name = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        own, usual, language, variable = os.environ.get("CXX"), (name,), "C++", "CXX"
+    names = (own,) if own else usual
+    if any(shutil.which(name) for name in names):
         return ""
-    wanted = " nor ".join(name for name in names if name)
-    language = "C" if kind == "cuda" else "C++"
-    return f"needs a {language} compiler and finds no {wanted}; install it, or name yours in {kept}"
+    return f"needs a {language} compiler and finds no {' nor '.join(names)}; install it, or name yours in {variable}"

@@ -4,7 +4,7 @@
     better            the same, told 1                      the goal of CFGRL is always 1: better than expected
     value             D + w sigma^2 / alpha grad V(x_t)     its critic values noised chunks (`NoisedValue`)
 
-The weight w is chosen when the policy acts (`Policy.with_guidance`): 0 leaves the samples as they were trained.
+The weight w is chosen when the policy acts (`Policy.with_guidance`): 0 is no guidance.
 """
 
 import math

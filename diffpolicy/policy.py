@@ -157,7 +157,7 @@ class Policy(nn.Module):
         """Return the same policy, weights shared, under a guidance of another weight or goal; what is None stays.
 
         Args:
-            weight: 0 or more; 0 leaves the samples as they were trained, with `cfgrl` the more the more improvement.
+            weight: 0 or more; 0 is no guidance, with `cfgrl` the more the more improvement.
             goal: what the policy is told to reach, such as the return of `decision-diffuser`, 1 for the data's best.
 
         Raises:

@@ -10,6 +10,7 @@ has: to look at, the last checkpoint is the result. Those of critics, and of act
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ Metrics = dict[str, float]
 Play = Callable[[Policy, int], Episodes]
 VALIDATION_WINDOWS = 512
 VALIDATION_EPISODES = 20
+WATCHED = ("loss", "grad_norm")
+"""Not to become anything but numbers; a gradient spoils the weights before any loss shows it."""
 AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")
 """While it lasts nothing is compiled: looking at an agent now and then is not worth compiling for its batches."""
 
@@ -150,16 +153,18 @@ def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = 
     def batch_of(step: int) -> Batch:
         return agent.normalizer.encode(windows.gather(order(step)).to(agent.device))
 
-    broken = torch.full((), -1, device=agent.device)  # the first step whose loss or gradient was not a number
+    waits, watch = agent.device.type != "cpu", _Watch(agent.device)
     while agent.step < config.steps:
         step = agent.step
         metrics = agent.update(batch_of(step))
-        both = torch.as_tensor(metrics["loss"] + metrics["grad_norm"], device=agent.device)  # it spoils weights first
-        broken = torch.where((broken < 0) & ~both.isfinite(), step, broken)
         log = any(config.due(agent.step, every) for every in intervals)
-        # Reading a number waits for the device, so on CUDA it is looked at only when something is logged.
-        if (log or agent.device.type == "cpu") and (step := int(broken)) >= 0:
-            raise TrainingError(_report_nan(batch_of(step), step + 1, run))
+        if waits:  # whoever reads a number waits for the GPU: it keeps the first bad step until something is logged
+            watch.note(metrics, step)
+            bad = watch.first_bad() if log else None
+        else:
+            bad = None if all(math.isfinite(metrics[name]) for name in WATCHED) else step
+        if bad is not None:
+            raise TrainingError(_report_nan(batch_of(bad), bad + 1, run))
         if log:
             agent.check()
             seconds = time.perf_counter() - clock
@@ -167,6 +172,23 @@ def fit(agent: Agent, windows: Windows, config: TrainConfig, run: Path | None = 
             values["samples_per_s"] = (agent.step - last) * config.batch_size / seconds
             yield agent.step, values
             last, clock = agent.step, time.perf_counter()
+
+
+class _Watch:
+    """The first step whose loss or gradient was not a number, kept on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.first = torch.full((), -1, device=device)
+
+    def note(self, metrics: Mapping[str, torch.Tensor | float], step: int) -> None:
+        """Take in one step's metrics without waiting for them."""
+        seen = torch.stack([torch.as_tensor(metrics[name], device=self.first.device) for name in WATCHED])
+        self.first = torch.where((self.first < 0) & ~seen.isfinite().all(), step, self.first)
+
+    def first_bad(self) -> int | None:
+        """Wait for the device; return the step, None where all were sound."""
+        step = int(self.first)
+        return None if step < 0 else step
 
 
 def _report_nan(batch: Batch, step: int, run: Path | None) -> str:

@@ -109,6 +109,11 @@ class PretendedCuda(TorchFunctionMode):
         def group(tensors: list[list[Tensor]]) -> dict:
             return {(place(tensors[0][0]), dtype): found for (_, dtype), found in grouped(tensors).items()}
 
+        def pin(tensor: Tensor) -> Tensor:
+            if place(tensor) == CUDA:
+                raise RuntimeError("only what is on the CPU can be pinned")
+            return tensor
+
         def read(*args: Any, map_location: torch.device, **kwargs: Any) -> Any:
             found = load(*args, map_location=CPU, **kwargs)
             return tree_map_only(Tensor, lambda x: _mark(x, map_location), found)
@@ -116,7 +121,7 @@ class PretendedCuda(TorchFunctionMode):
         for target, name, pretended in (
             (torch, "Generator", Generator),
             (torch, "load", read),
-            (Tensor, "pin_memory", lambda tensor: tensor),
+            (Tensor, "pin_memory", pin),
             (nn.Parameter, "__deepcopy__", copy),
             (clip_grad, "_group_tensors_by_device_and_dtype", group),
             (torch.cuda, "device_count", lambda: 1),

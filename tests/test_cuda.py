@@ -17,6 +17,7 @@ from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.agents.distill import Distill, DistillConfig
 from diffpolicy.agents.mip import Mip, MipConfig
 from diffpolicy.control import compile_plan
+from diffpolicy.control.compiled.formats import FORMATS
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.order import Order
 from diffpolicy.data.spec import Spec
@@ -73,6 +74,7 @@ def test_the_pretended_gpu_refuses_and_counts_what_a_gpu_does():
             lambda: torch.randn(3, generator=torch.Generator("cuda")),
             lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
             lambda: there.__setitem__(0, here),
+            lambda: there.pin_memory(),
         ):
             with pytest.raises(RuntimeError, match=r"on (cuda|cpu|the CPU)"):
                 mixed()
@@ -193,5 +195,7 @@ def test_what_compiling_for_a_gpu_lacks_is_said_before_the_first_step(monkeypatc
     assert compiler.why_no_compiler("cuda") == ""
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     assert compiler.why_no_compiler("cuda").startswith("needs a C compiler and finds no gcc nor clang; install it")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    assert FORMATS["aoti"].ready("cuda").startswith("needs NVIDIA's CUDA toolkit")
     with pytest.raises(SpecError, match="--compile needs a C compiler"):
         compile_training(torch.nn.Linear(1, 1), torch.device("cuda"))

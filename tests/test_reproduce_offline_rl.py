@@ -61,18 +61,8 @@ def test_an_interval_of_several_training_seeds_knows_that_seeds_differ(results):
 
 def test_three_training_seeds_spread_by_the_unbiased_variance_of_their_mean(results):
     """Runs of 0, 30 and 60: 900 / 3, where drawing all three of them again would say 600 / 3."""
-    draws = results._drawn([np.repeat([[0.0], [30.0], [60.0]], 20, axis=1)], results.mean_of_datasets, 0)
+    draws = results._drawn([np.repeat([[0.0], [30.0], [60.0]], 20, axis=1)], 0)
     assert draws.var() == pytest.approx(300, rel=0.05)
-
-
-def test_the_interval_of_three_training_seeds_holds_the_truth_in_about_95_of_100_samples(results):
-    rng = np.random.default_rng(2)
-    held = 0
-    for _ in range(200):
-        runs = [50 + rng.normal(0, 6, (3, 1)) + rng.normal(0, 15, (3, 20)) for _ in range(3)]
-        found = results.estimate(runs)
-        held += found.low <= 50 <= found.high
-    assert 180 <= held <= 199
 
 
 def test_a_difference_is_that_of_the_means_of_all_seeds_and_its_variance_the_sum_of_both(results):
@@ -85,6 +75,9 @@ def test_a_difference_is_that_of_the_means_of_all_seeds_and_its_variance_the_sum
     variance = ours.var() / 400 + seeds.var(ddof=1) / 3 + theirs.var(1).mean() / 800
     assert gap.high - gap.low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.05)
     assert results.difference(table, "idql", "bc", ["hopper-mixed", "walker2d-mixed"]) is None
+    table["bc+narrow"] = table["bc"]  # the same networks
+    assert results.difference(table, "bc+narrow", "bc", ["hopper-mixed"]) is None
+    assert results.difference(table, "idql", "bc+narrow", ["hopper-mixed"]) == gap
 
 
 def test_the_rate_of_one_runs_successes_has_wilsons_interval(results):
@@ -175,6 +168,7 @@ def test_a_run_stopped_twice_ends_where_an_uninterrupted_one_does_also_if_it_is_
         config = tmp_path / "parts/runs/idql-hopper-mixed-0/config.json"
         described = json.loads(config.read_text())
         described["arguments"]["idql"].pop("compile", None)
+        described["versions"].pop("mujoco", None)
         config.write_text(json.dumps(described))
     run(tmp_path / "parts")
     whole, parts = (

@@ -15,9 +15,8 @@ import torch
 from diffpolicy.data.windows import Batch
 from diffpolicy.guides import BetterGuidance
 from diffpolicy.learning.actor import ActorConfig
-from diffpolicy.learning.actor_critic import ActorCriticConfig
 from diffpolicy.learning.critics import Metrics, whole_chunks
-from diffpolicy.learning.implicit import ImplicitCritic
+from diffpolicy.learning.implicit import ImplicitConfig, ImplicitCritic
 from diffpolicy.nets.encoder import TOLD
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 
@@ -25,7 +24,7 @@ FLOW = DenoiserConfig("mlp", hidden_dim=512, step_embed_dim=64, schedule="flow",
 
 
 @dataclass(frozen=True)
-class CfgrlConfig(ActorCriticConfig):
+class CfgrlConfig(ImplicitConfig):
     """Settings of CFGRL; the defaults are the paper's for offline reinforcement learning where it has them."""
 
     denoiser: DenoiserConfig = field(default_factory=lambda: FLOW)
@@ -48,11 +47,6 @@ class Cfgrl(ImplicitCritic[CfgrlConfig]):
     def guidance(self) -> BetterGuidance:
         """Return w and o = 1."""
         return self.config.guidance
-
-    @property
-    def tau(self) -> float:
-        """Return the expectile of V."""
-        return self.config.tau
 
     def losses(self, batch: Batch) -> Metrics:
         """Take one step of V, of Q and of the actor."""

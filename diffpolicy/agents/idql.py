@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 
 from diffpolicy.data.windows import Batch
 from diffpolicy.learning.actor import ActorConfig
-from diffpolicy.learning.actor_critic import ActorCriticConfig
 from diffpolicy.learning.critics import Metrics
-from diffpolicy.learning.implicit import ImplicitCritic
+from diffpolicy.learning.implicit import ImplicitConfig, ImplicitCritic
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
 
 MLP = DenoiserConfig("mlp", step_embed_dim=64, prediction="v_prediction")
 
 
 @dataclass(frozen=True)
-class IdqlConfig(ActorCriticConfig):
+class IdqlConfig(ImplicitConfig):
     """Settings of IDQL; networks and tau are the paper's for locomotion where it has them, rewards are as recorded."""
 
     denoiser: DenoiserConfig = field(default_factory=lambda: MLP)
@@ -35,11 +34,6 @@ class IdqlConfig(ActorCriticConfig):
 
 class Idql(ImplicitCritic[IdqlConfig]):
     """An imitator that a value of the data's actions chooses for."""
-
-    @property
-    def tau(self) -> float:
-        """Return the expectile of V."""
-        return self.config.tau
 
     def losses(self, batch: Batch) -> Metrics:
         """Take one step of V, of Q and of the actor."""

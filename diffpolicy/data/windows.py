@@ -41,12 +41,14 @@ class Batch:
     steps: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device; on its way to a GPU nothing waits."""
+        """Return the batch on a device; nothing waits for its way from the host to a GPU."""
         if self.action.device == device:
             return self
 
         def moved(array: torch.Tensor) -> torch.Tensor:
-            return (array.pin_memory() if device.type == "cuda" else array).to(device, non_blocking=True)
+            if array.device.type == "cpu" and device.type == "cuda":
+                return array.pin_memory().to(device, non_blocking=True)
+            return array.to(device)
 
         return Batch(
             obs={name: moved(array) for name, array in self.obs.items()},

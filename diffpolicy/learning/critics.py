@@ -186,16 +186,14 @@ class Critics:
         """Stop where values have left what any return of the rewards seen could be.
 
         Raises:
-            TrainingError: if the mean magnitude of the targets is more than `MARGIN` times the largest possible
-                return, or not a number; or if a weight is not.
+            TrainingError: if the mean magnitude of the targets is not a number or more than `MARGIN` times the largest
+                possible return plus 1, which is more than fresh networks say; or if a weight is not a number.
         """
         share = 1 - self.config.gamma**self.spec.n_action_steps
         largest = float(self.largest_reward) / share if share > 0 else math.inf
         magnitude = float(self.magnitude)
         finite = all(bool(weight.isfinite().all()) for weight in self._weights())
-        if not (
-            finite and magnitude <= MARGIN * (largest + 1)
-        ):  # before any reward is seen, fresh networks say below 1
+        if not (finite and magnitude <= MARGIN * (largest + 1)):
             seen = f"their targets average {magnitude:.3g} in size and no return of these rewards exceeds {largest:.3g}"
             why = seen if finite else "their weights are not finite"
             raise TrainingError(
@@ -226,7 +224,7 @@ class Critics:
 
     @torch.no_grad()
     def overestimation(self, episodes: Episodes, every: int, normalizer: Normalizer) -> dict[str, float]:
-        """Compare the values of recorded chunks with the returns that followed.
+        """Compare the values of recorded chunks with the returns that followed, the tails of cut episodes estimated.
 
         Args:
             episodes: physical units, their rewards transformed.
@@ -234,7 +232,7 @@ class Critics:
             normalizer: of the batches.
 
         Returns:
-            `overestimation` and `monte_carlo`; nothing where no return is known.
+            `overestimation` and `monte_carlo`; nothing where no step is early enough for it.
         """
         windows = Windows(episodes, self.spec, self.config.gamma, require_next=True)
         known = torch.from_numpy(early(episodes, self.config.gamma, every))[windows.rows].nonzero().squeeze(-1)
@@ -253,12 +251,18 @@ class Critics:
         return value.double().cpu().numpy(), (whole_chunks(batch, self.spec) > 0).cpu().numpy()
 
     def _continued(self, episodes: Episodes, windows: Windows, normalizer: Normalizer) -> Episodes:
-        """Let the value of the last whole chunk of each episode that was cut stand for its rewards from there on."""
+        """Let the value of the last whole chunk of each episode that was cut stand for its rewards from there on.
+
+        Not where a mask ends the task within that chunk: what followed is known.
+        """
         n = self.spec.n_action_steps
+        last = (windows.first + windows.count - n).clamp(min=0)
         cut = ~windows.terminated[windows.episode] & (windows.count >= n)
+        if windows.stop is not None:
+            cut &= windows.stop[windows.rows[last]] > n
         if not cut.any():
             return episodes
-        last = (windows.first + windows.count)[cut] - n
+        last = last[cut]
         reward = np.array(episodes.reward, dtype=np.float64)
         ends = (windows.start + windows.length)[windows.episode[cut]]
         for row, end, value in zip(windows.rows[last], ends, self._values(windows, last, normalizer)[0], strict=True):

@@ -41,7 +41,8 @@ class ImitationConfig:
     bf16: bool = True
     """Autocast to bfloat16 on CUDA; float32 elsewhere."""
     compile: bool = False
-    """Compile with torch.compile: the network, or on a CPU what is faster than our own there. Needs a C++ compiler."""
+    """Compile with torch.compile: the network, or on a CPU what is faster than our own there. Needs a C++ compiler,
+    on a GPU a C compiler and Triton."""
     preference: float = 0.0
     """How much more often windows of good episodes are drawn: in proportion to exp(preference R), R in [0, 1] the
     return of the whole episode (return weighting, Hong et al. 2023: 10 with IQL and TD3+BC, 5 with CQL); 0 draws all

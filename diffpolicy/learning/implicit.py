@@ -6,8 +6,8 @@
 V is the expectile of the values of the data's actions: 0.5 is their mean, towards 1 the best of them.
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -71,21 +71,24 @@ class ExpectileValue:
         restore(self.optimizer, state["optimizer"])
 
 
-C = TypeVar("C", bound=ActorCriticConfig)
+@dataclass(frozen=True)
+class ImplicitConfig(ActorCriticConfig):
+    """What agents with such critics are made of."""
+
+    tau: float = 0.7
+    """Expectile of V."""
+
+
+C = TypeVar("C", bound=ImplicitConfig)
 
 
 class ImplicitCritic(ActorCritic[C]):
-    """An agent whose critics learn by expectiles; a subclass says which, and how its actor learns."""
-
-    @property
-    @abstractmethod
-    def tau(self) -> float:
-        """Return the expectile of V."""
+    """An agent whose critics learn by expectiles; a subclass says how its actor learns."""
 
     def more(self) -> Mapping[str, Learned]:
         """Return the value of states."""
         value = make_value(self.config.critic, self.spec, self.normalizer).to(self.device)
-        self.value = ExpectileValue(value, self.tau, self.config.td.learning_rate)
+        self.value = ExpectileValue(value, self.config.tau, self.config.td.learning_rate)
         return {"value": self.value}
 
     def update_critics(self, batch: Batch) -> tuple[Metrics, torch.Tensor]:

@@ -50,7 +50,7 @@ class Row:
 
 ROWS = (
     Row("idql-critics", "critics and value, 2 layers of 256", Idql, IdqlConfig(), critics_only=True),
-    Row("idql-equal", "the same with an actor of 2 layers of 256", Idql, IdqlConfig(EQUAL)),
+    Row("idql-equal", "the same with an actor of 3 layers of 256, one more than d3rlpy's", Idql, IdqlConfig(EQUAL)),
     Row("idql", "the defaults: an actor of 3 blocks of 256", Idql, IdqlConfig()),
     Row("idql-published", "an actor with as many weights as the paper's, 3 blocks of 512", Idql, IdqlConfig(PUBLISHED)),
     Row("dql", "the defaults: an actor of 3 blocks of 256, critics of 3 layers of 256", Dql, DqlConfig()),

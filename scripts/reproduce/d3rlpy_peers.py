@@ -111,6 +111,11 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     return ((name, dataset, seed) for seed in args.seeds for dataset in args.datasets for name in args.agents)
 
 
+def result_of(args: argparse.Namespace, name: str, dataset: str, seed: int) -> Path:
+    """Return the file of a run's result."""
+    return args.out / "results" / f"{name}-{dataset}-{seed}.json"
+
+
 def main() -> None:
     """Run whatever is not finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,12 +129,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     (args.out / "results").mkdir(parents=True, exist_ok=True)
+    for path in (result_of(args, *run) for run in wanted(args)):
+        if path.exists() and (steps := json.loads(path.read_text())["steps"]) != args.steps:
+            parser.error(f"{path} has {steps} steps, not {args.steps}; give another --out, or remove it")
     for name, dataset, seed in wanted(args):
-        path = args.out / "results" / f"{name}-{dataset}-{seed}.json"
-        if path.exists():
-            if (steps := json.loads(path.read_text())["steps"]) != args.steps:
-                parser.error(f"{path} has {steps} steps, not {args.steps}; give another --out, or remove it")
-        else:
+        path = result_of(args, name, dataset, seed)
+        if not path.exists():
             result = run(args, name, dataset, seed)
             temporary = path.with_name(f".{path.name}")
             temporary.write_text(json.dumps(result, indent=1))

@@ -143,16 +143,17 @@ def test_a_critic_that_diverges_is_one_sentence_that_says_what_to_do():
             critics.check(200)
 
 
-def test_rewards_of_a_tenth_allow_values_a_tenth_as_large():
-    """Returns of at most 0.123 / (1 - 0.81) = 0.65, ten times that and 10 for fresh networks: 16."""
+def test_small_rewards_allow_small_values():
+    """Chunks of at most 0.142 (7 and 0.9 times 8, in hundredths) return 0.747 at most; ten times that and 10: 17.5."""
     episodes = two_episodes()
     spec, batch = batch_of(episodes, chunk=2)
-    critics, small = critics_for(episodes, spec), replace(batch, reward=batch.reward / 100)
-    critics.update(small, torch.full((8,), 15.0))
+    critics = critics_for(episodes, spec)
+    critics.update(replace(batch, reward=batch.reward / 100), torch.zeros(8))
+    critics.magnitude = torch.tensor(17.4)
     critics.check(100)
-    critics.update(small, torch.full((8,), 100.0))
-    with pytest.raises(TrainingError, match=r"no return of these rewards exceeds 0\.7"):
-        critics.check(200)
+    critics.magnitude = torch.tensor(17.6)
+    with pytest.raises(TrainingError, match=r"average 17\.6 in size and no return of these rewards exceeds 0\.747"):
+        critics.check(100)
 
 
 def test_statistics_of_known_values_are_their_means_and_quantiles():
@@ -203,4 +204,17 @@ def test_behind_a_time_limit_the_last_whole_chunk_says_what_would_have_followed(
         assert found == {}
         return
     followed = np.mean([5 + gamma * (6 + gamma * 7), 6 + gamma * 7, 7])
+    assert found == pytest.approx({"overestimation": 7 - followed, "monte_carlo": followed})
+
+
+def test_where_a_mask_ends_the_task_in_the_last_chunk_nothing_is_estimated():
+    """Rewards 5 to 8 and a mask at the last: all of it followed, although the recording is one that was cut."""
+    episodes = two_episodes(mask=[True, True, True, False]).select([1])
+    spec, _ = batch_of(episodes, chunk=2)
+    critics = critics_for(episodes, spec, gamma=0.7)
+    for parameter in critics.target.parameters():
+        torch.nn.init.zeros_(parameter)
+    critics.target.body[-1].bias.data.fill_(7.0)
+    found = critics.overestimation(episodes, 1, Normalizer.fit(episodes, {"obs": "none"}))
+    followed = np.mean([5 + 0.7 * (6 + 0.7 * (7 + 0.7 * 8)), 6 + 0.7 * (7 + 0.7 * 8), 7 + 0.7 * 8])
     assert found == pytest.approx({"overestimation": 7 - followed, "monte_carlo": followed})

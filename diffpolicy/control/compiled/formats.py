@@ -221,11 +221,12 @@ def _read_aoti(path: Path) -> Run:
 
 def _toolchain(kind: str) -> str:
     """Say what a packaged library needs besides what runs it: it is linked here."""
-    from torch.utils.cpp_extension import CUDA_HOME  # looks for it at import
+    if kind == "cuda":
+        from torch.utils.cpp_extension import CUDA_HOME  # looks for it at import
 
-    if kind == "cuda" and CUDA_HOME is None:
-        return "needs NVIDIA's CUDA toolkit on a GPU and finds none; set CUDA_HOME, or choose torch_export"
-    return compiler("cpu") or (compiler(kind) if kind != "cpu" else "")
+        if CUDA_HOME is None:
+            return "needs NVIDIA's CUDA toolkit on a GPU and finds none; set CUDA_HOME, or choose torch_export"
+    return compiler("cpu") or compiler(kind)
 
 
 FORMATS: dict[str, Format] = {

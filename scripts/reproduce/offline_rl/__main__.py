@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import tyro
 from data import LOCOMOTION, get_dataset
-from results import EVALUATION_SEED, SEEDS_APART, Run, read
+from results import EVALUATION_SEED, NARROWLY, SEEDS_APART, Run, read
 from table import write
 
 from diffpolicy import train as training
@@ -61,8 +61,6 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "edp-preference": ("edp", {"preference": 0.0}),
 }
 """Agents with one setting that is not their preset's, to see what it alone does."""
-NARROWLY = "+narrow"
-"""A control that ends so is the agent before it, trained as it is, and acts by the sampler that most others have."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,16 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Return what its folder and its result are called."""
+        """Return what its result is called."""
         return f"{self.agent}-{self.dataset}-{self.seed}"
 
     @property
-    def trained(self) -> str:
+    def narrow(self) -> bool:
+        """Return whether it acts by the sampler of others."""
+        return self.agent.endswith(NARROWLY)
+
+    @property
+    def run_name(self) -> str:
         """Return what its run folder is called: those that differ only when they act share one."""
         return f"{self.agent.removesuffix(NARROWLY)}-{self.dataset}-{self.seed}"
 
@@ -107,12 +110,17 @@ class Job:
                 f"the preset of {self.task.env_id} has no settings for {self.agent!r}; wanted one of "
                 f"{', '.join([*self.task.preset.agents, *CONTROLS])}, or an entry in diffpolicy/tasks.py"
             )
+        if self.narrow and settings.sampler != replace(NARROW, temperature=1.0):
+            raise PolicyError(
+                f"{self.agent!r} would not be {plain!r} with less noise on {self.dataset}, where it samples by "
+                f"{settings.sampler}; leave {NARROWLY} out"
+            )
         return replace(settings, **changes)
 
     @property
     def acting(self) -> Any:
         """Return its settings when it acts."""
-        return replace(self.settings, sampler=NARROW) if self.agent.endswith(NARROWLY) else self.settings
+        return replace(self.settings, sampler=NARROW) if self.narrow else self.settings
 
 
 def jobs(args: Args) -> Iterator[Job]:
@@ -138,7 +146,7 @@ def trained(job: Job, episodes: Episodes, folder: Path) -> Policy:
     config = folder / "config.json"
     before = json.loads(config.read_text()) if config.exists() else description
     before.pop("resumed", None)  # how it was described by whoever began it
-    if with_defaults(before, {"arguments": defaults(job)}) != description:
+    if with_defaults(before, {"arguments": defaults(job), "versions": description["versions"]}) != description:
         raise PolicyError(f"{folder} holds a run of other settings, data or versions; give another --out, or remove it")
     for step, metrics in training.train(agent, episodes, job.train, folder, description):
         if step % job.train.validate_every == 0:
@@ -187,7 +195,9 @@ def run(job: Job, args: Args) -> Run:
     """Train and play; return what came of it."""
     dataset = get_dataset(job.dataset)
     episodes = dataset.read(args.data)
-    policy = trained(job, episodes, args.out / "runs" / job.trained).with_sampler(job.acting.sampler)
+    policy = trained(job, episodes, args.out / "runs" / job.run_name)
+    if job.narrow:
+        policy = policy.with_sampler(NARROW)
     first, task = EVALUATION_SEED + SEEDS_APART * job.seed, job.task
     played = play_unseen(policy, task.env_id, task.env_kwargs, args.episodes, first)
     return Run(

@@ -3,11 +3,12 @@
     RESULTS/idql-hopper-mixed-0.json      agent, dataset and training seed; the score of each episode
 
 A run's score is the mean of its episodes. A group of datasets (all `mixed` ones, say) has the mean of its datasets'
-means and the interquartile mean of its runs (Agarwal et al. 2021). Intervals are percentiles of a bootstrap that draws,
-for each dataset, training seeds with replacement, one fewer than there are, since with all of so few it knows too
-little of how they differ (Rao and Wu 1988), then episodes of each. With one training seed an interval knows of episodes
-alone. Two agents are compared with all that each has, drawn apart: runs of one seed have nothing in common but their
-first states, and the scores of their episodes do not go together.
+means with an interval, and the interquartile mean of its runs (Agarwal et al. 2021) without. Intervals are percentiles
+of a bootstrap that draws, for each dataset, training seeds with replacement, one fewer than there are, since with all
+of so few it knows too little of how they differ (Rao and Wu 1988), then episodes of each, which makes them a little
+wide; that of one run's successes is Wilson's. With one training seed an interval knows of episodes alone. Two agents
+are compared with all that each has, drawn apart: runs of one seed have nothing in common but their first states, and
+the scores of their episodes do not go together. (Those of one network that acts in two ways do, and have no interval.)
 """
 
 import json
@@ -22,6 +23,8 @@ import numpy as np
 from diffpolicy.report import Estimate, wilson
 
 RESAMPLES = 5000
+NARROWLY = "+narrow"
+"""An agent whose name ends so is the agent before it, the same networks, and samples with less noise."""
 EVALUATION_SEED = 100_000
 SEEDS_APART = 1000
 """Episode k of training seed s begins from `EVALUATION_SEED + SEEDS_APART s + k`, for every agent."""
@@ -95,21 +98,30 @@ def interquartile_mean(runs: Sequence[np.ndarray]) -> np.ndarray:
     return ordered[:, cut : ordered.shape[1] - cut].mean(1)
 
 
-def estimate(scores: Sequence[np.ndarray], statistic: Statistic = mean_of_datasets) -> Estimate:
-    """Return a statistic of datasets' scores `(seeds, episodes)` with its interval: Wilson's of one run's successes."""
+def estimate(scores: Sequence[np.ndarray]) -> Estimate:
+    """Return the mean over datasets of scores `(seeds, episodes)` with its interval, Wilson's of one run's successes."""
     if len(scores) == 1 and len(scores[0]) == 1 and set(scores[0].flat) <= {0.0, 100.0}:
         rate = wilson(int((scores[0] > 0).sum()), scores[0].size)
         return Estimate(100 * rate.value, 100 * rate.low, 100 * rate.high)
-    return _between(_value(scores, statistic), _drawn(scores, statistic, 0))
+    return _between(value_of(scores), _drawn(scores, 0))
 
 
 def difference(table: Table, agent: str, other: str, datasets: Sequence[str]) -> Estimate | None:
-    """Return by how much an agent's mean over datasets is ahead of another's; None where either lacks a dataset."""
+    """Return by how much an agent's mean over datasets is ahead of another's.
+
+    None where either lacks a dataset, or where both are the same networks.
+    """
+    if agent.removesuffix(NARROWLY) == other.removesuffix(NARROWLY):
+        return None
     if not all(dataset in table.get(a, {}) for a in (agent, other) for dataset in datasets):
         return None
     ours, theirs = ([table[a][dataset] for dataset in datasets] for a in (agent, other))
-    value = _value(ours, mean_of_datasets) - _value(theirs, mean_of_datasets)
-    return _between(value, _drawn(ours, mean_of_datasets, 0) - _drawn(theirs, mean_of_datasets, 1))
+    return _between(value_of(ours) - value_of(theirs), _drawn(ours, 0) - _drawn(theirs, 1))
+
+
+def value_of(scores: Sequence[np.ndarray], statistic: Statistic = mean_of_datasets) -> float:
+    """Return a statistic of datasets' scores `(seeds, episodes)`."""
+    return float(statistic([s.mean(1)[None] for s in scores])[0])
 
 
 def _between(value: float, draws: np.ndarray) -> Estimate:
@@ -117,14 +129,10 @@ def _between(value: float, draws: np.ndarray) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def _value(scores: Sequence[np.ndarray], statistic: Statistic) -> float:
-    return float(statistic([s.mean(1)[None] for s in scores])[0])
-
-
-def _drawn(scores: Sequence[np.ndarray], statistic: Statistic, stream: int) -> np.ndarray:
-    """The statistic of resampled runs, `(RESAMPLES,)`."""
+def _drawn(scores: Sequence[np.ndarray], stream: int) -> np.ndarray:
+    """Mean over datasets of resampled runs, `(RESAMPLES,)`."""
     rng = np.random.default_rng(stream)
-    return statistic([_resampled(s, rng) for s in scores])
+    return mean_of_datasets([_resampled(s, rng) for s in scores])
 
 
 def _resampled(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:

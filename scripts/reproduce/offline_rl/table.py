@@ -19,17 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from results import (
-    Run,
-    Statistic,
-    Table,
-    difference,
-    estimate,
-    interquartile_mean,
-    mean_of_datasets,
-    read,
-    tabulate,
-)
+from results import NARROWLY, Run, Table, difference, estimate, interquartile_mean, read, tabulate, value_of
 
 from diffpolicy.report import Estimate
 
@@ -133,14 +123,15 @@ def _mean(own: Mapping[str, np.ndarray], dataset: str) -> str:
     return _number(float(own[dataset].mean()) if dataset in own else None)
 
 
-def _average(own: Mapping[str, np.ndarray], datasets: Sequence[str], statistic: Statistic = mean_of_datasets) -> str:
+def _average(own: Mapping[str, np.ndarray], datasets: Sequence[str]) -> str:
     complete = all(dataset in own for dataset in datasets)
-    return _interval(estimate([own[dataset] for dataset in datasets], statistic) if complete else None)
+    return _interval(estimate([own[dataset] for dataset in datasets]) if complete else None)
 
 
 def _middle(own: Mapping[str, np.ndarray], datasets: Sequence[str]) -> str:
-    runs = sum(len(own.get(dataset, ())) for dataset in datasets)
-    return _average(own, datasets, interquartile_mean) if runs >= FEWEST else ""
+    runs = [own[dataset] for dataset in datasets if dataset in own]
+    enough = len(runs) == len(datasets) and sum(len(run) for run in runs) >= FEWEST
+    return _number(value_of(runs, interquartile_mean) if enough else None)
 
 
 def _interval(found: Estimate | None) -> str:
@@ -152,16 +143,8 @@ def _number(value: float | None) -> str:
 
 
 def _seeds(own: Mapping[str, np.ndarray], datasets: Sequence[str]) -> str:
-    counts = sorted({len(own[dataset]) for dataset in datasets if dataset in own})
-    return " to ".join(str(count) for count in dict.fromkeys([*counts[:1], *counts[-1:]]))
-
-
-def _steps(run: Run) -> int:
-    return run.steps
-
-
-def _episodes(run: Run) -> int:
-    return len(run.score)
+    counts = {len(own[dataset]) for dataset in datasets if dataset in own}
+    return _span(counts) if counts else ""
 
 
 def _span(values: set[int]) -> str:
@@ -179,9 +162,9 @@ def write(runs: Sequence[Run], data: Mapping[str, float], folder: Path) -> str:
     table = tabulate(runs)
     if not table:
         return "no agent has a run of training seed 0 yet, from which the table counts\n"
-    told = {name: _span({value(run) for run in runs}) for name, value in (("steps", _steps), ("episodes", _episodes))}
-    parts = [scores(table, data), differences(table), NOTES.format(**told)]
-    parts += [ABOUT_NARROW] if any(agent.endswith("+narrow") for agent in table) else []
+    steps, episodes = _span({run.steps for run in runs}), _span({len(run.score) for run in runs})
+    parts = [scores(table, data), differences(table), NOTES.format(steps=steps, episodes=episodes)]
+    parts += [ABOUT_NARROW] if any(agent.endswith(NARROWLY) for agent in table) else []
     parts += [ABOUT_PEERS] if any(peer in table for peer in PEERS) else []
     text = "\n".join(part for part in parts if part)
     short = [asdict(replace(run, score=tuple(round(x, 2) for x in run.score), returns=())) for run in runs]
