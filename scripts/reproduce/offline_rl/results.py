@@ -99,7 +99,7 @@ def interquartile_mean(runs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def estimate(scores: Sequence[np.ndarray]) -> Estimate:
-    """Return the mean over datasets of scores `(seeds, episodes)` with its interval, Wilson's of one run's successes."""
+    """Return datasets' mean of scores `(seeds, episodes)` with its interval, Wilson's of one run's successes."""
     if len(scores) == 1 and len(scores[0]) == 1 and set(scores[0].flat) <= {0.0, 100.0}:
         rate = wilson(int((scores[0] > 0).sum()), scores[0].size)
         return Estimate(100 * rate.value, 100 * rate.low, 100 * rate.high)
