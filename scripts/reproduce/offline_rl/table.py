@@ -100,7 +100,7 @@ def picture(table: Table, data: Mapping[str, float], path: Path) -> None:
     for row, members in zip(axes, rows, strict=True):
         for axis, dataset in zip(row, members, strict=False):
             _panel(axis, table, dataset, data.get(dataset))
-    figure.supxlabel("score of the last checkpoint, 95 % interval; dashed: mean of the data", fontsize=9)
+    figure.supxlabel("score of the last checkpoint, 95 % interval; hollow: one training seed; dashed: mean of the data", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -111,7 +111,8 @@ def _panel(axis: Axes, table: Table, dataset: str, of_data: float | None) -> Non
     for i, (agent, scores) in enumerate(played.items()):
         e = estimate([scores])
         colour = "C7" if agent in PEERS else "C1" if agent in IMITATION else "C0"
-        axis.errorbar(e.value, i, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=colour, capsize=2)
+        error, filling = [[e.value - e.low], [e.high - e.value]], colour if len(scores) > 1 else "white"
+        axis.errorbar(e.value, i, xerr=error, fmt="o", color=colour, markerfacecolor=filling, capsize=2)
     if of_data is not None:
         axis.axvline(of_data, color="0.5", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(played)), list(played), fontsize=8)
