@@ -100,7 +100,8 @@ def picture(table: Table, data: Mapping[str, float], path: Path) -> None:
     for row, members in zip(axes, rows, strict=True):
         for axis, dataset in zip(row, members, strict=False):
             _panel(axis, table, dataset, data.get(dataset))
-    figure.supxlabel("score of the last checkpoint, 95 % interval; hollow: one training seed; dashed: mean of the data", fontsize=9)
+    legend = "score of the last checkpoint, 95 % interval; hollow: one training seed; dashed: mean of the data"
+    figure.supxlabel(legend, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
