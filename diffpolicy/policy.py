@@ -222,6 +222,11 @@ class Policy(nn.Module):
         """Return how many noise tensors a plan needs, with each step of the sampler taken `repeats` times."""
         return self._planner(self.guided, repeats).draws
 
+    def draw(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw the noise of one plan of `n` chunks, `(draws, n, Tp, Da)`, on the generator's device."""
+        shape = (self.planner.draws, n, self.spec.horizon, self.spec.action_dim)
+        return torch.randn(shape, generator=generator, device=generator.device)
+
     def predict(
         self,
         obs: Obs,

@@ -1,7 +1,7 @@
 """float32 that is float32: cuDNN rounds what a GPU convolves to 10 bits (TF32) unless it is told not to.
 
-A noise prediction is divided by the signal that is left, 5e-4 at `t = 1`, and its rounding with it: actions would be
-wrong by 1 % of their range, and by another 1 % in another batch.
+A noise prediction is divided by the signal that is left, 5e-4 at `t = 1`, and with it its rounding, which would be 2^13
+times that of float32, and another in another batch.
 """
 
 from collections.abc import Iterator

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,8 +39,6 @@ VALIDATION_WINDOWS = 512
 VALIDATION_EPISODES = 20
 WATCHED = ("loss", "grad_norm")
 """Not to become anything but numbers; a gradient spoils the weights before any loss shows it."""
-AS_WRITTEN = partial(torch.compiler.set_stance, "force_eager")
-"""While it lasts nothing is compiled: looking at an agent now and then is not worth compiling for its batches."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +216,8 @@ def validate(agent: Agent, windows: Windows) -> tuple[Metrics, dict[str, np.ndar
     batch = windows.gather(index).to(agent.device)
     encoded = agent.normalizer.encode(batch)
     policy = agent.policy()
-    generator = torch.Generator().manual_seed(0)
-    shape = (policy.planner.draws, n, agent.spec.horizon, agent.spec.action_dim)
-    chunk = policy.plan(batch.obs, torch.randn(shape, generator=generator).to(agent.device))
+    noise = policy.draw(n, torch.Generator().manual_seed(0))
+    chunk = policy.plan(batch.obs, noise.to(agent.device))
     error = (policy.normalizer["action"].encode(chunk) - encoded.action).abs().mean(-1) * batch.valid
     by_index = error.sum(0) / batch.valid.sum(0).clamp(min=1)
     metrics = {
@@ -291,7 +287,7 @@ def train(
     with SummaryWriter(str(run), purge_step=agent.step) as board, (run / "metrics.jsonl").open("a") as log:
         for step, metrics in fit(agent, windows, config, run):
             if config.due(step, config.validate_every):
-                with AS_WRITTEN():
+                with torch.compiler.set_stance("force_eager"):  # a look now and then is not worth compiling for
                     found, distributions, (sampled, true) = validate(agent, validation)
                     before = agent.hindsight(recorded, episodes, 1)
                 metrics |= found | {f"validation/{name}": value for name, value in before.items()}
@@ -299,7 +295,7 @@ def train(
                     board.add_histogram(name, values, step)
                 board.add_figure("validation/chunks", pictures.chunks(sampled, true), step)
             if play and config.due(step, config.evaluate_every):
-                with AS_WRITTEN():
+                with torch.compiler.set_stance("force_eager"):
                     played = play(agent.policy(), config.evaluate_episodes)
                     evaluation = evaluate_meanwhile(agent, played, episodes)
                 runs.keep_best(agent, run, step, evaluation)

@@ -113,9 +113,7 @@ class Diffuser(Imitation[DiffuserConfig]):
         averaged, policy = self.ema.module, self.policy()
         assert isinstance(averaged, ValuedImitator)
         loss = averaged.value_loss(batch, torch.Generator(self.device).manual_seed(seed))
-        generator = torch.Generator(self.device).manual_seed(seed)
-        shape = (policy.planner.draws, len(batch.action), self.spec.horizon, self.spec.action_dim)
-        noise = torch.randn(shape, generator=generator, device=self.device)
+        noise = policy.draw(len(batch.action), torch.Generator(self.device).manual_seed(seed))
         cond = policy.encoder(batch.obs)
         data, own = (averaged.value.value(cond, x) for x in (batch.action, policy.planner(cond, noise)))
         return {

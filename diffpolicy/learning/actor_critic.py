@@ -206,9 +206,7 @@ class ActorCritic(ABC, Generic[C]):
     def statistics(self, batch: Batch, seed: int = 0) -> dict[str, float | torch.Tensor]:
         """Describe the critics on an encoded batch (`learning/critics.py` has the names), with noise from `seed`."""
         policy = self.policy()
-        generator = torch.Generator(self.device).manual_seed(seed)
-        shape = (policy.planner.draws, len(batch.action), self.spec.horizon, self.spec.action_dim)
-        noise = torch.randn(shape, generator=generator, device=self.device)
+        noise = policy.draw(len(batch.action), torch.Generator(self.device).manual_seed(seed))
         return self.critics.statistics(batch, policy.planner(policy.encoder(batch.obs), noise))
 
     def state_dict(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class CompiledPlan:
         policy, n, size = self._policy, noise.shape[1], self.batch_size
         with full_precision(policy.device):
             cond = policy.encoder(policy.normalizer.encode_obs(history))
-            noise = noise[:draws].clone()  # a tensor of inference mode, as all later x_t: a compiler takes no other
+            noise = noise[:draws].clone()  # of inference mode as every later x_t is: a compiler tells them apart
             if n == size:
                 return self._chain(cond, noise, prefix)
             filled = torch.arange(-(-n // size) * size, device=noise.device).clamp_(max=n - 1)

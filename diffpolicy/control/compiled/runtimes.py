@@ -95,7 +95,7 @@ def _openvino_threads(model: Any, precision: str, threads: int) -> tuple[Body, t
 
 
 def lacks_bfloat16(kind: str) -> str:
-    """Return why this machine's `kind`, the CPU, does not compute in bfloat16, nothing if it does."""
+    """Return why OpenVINO's device of this kind, `cpu`, does not compute in bfloat16, nothing if it does."""
     core = import_module("openvino").Core()
     if "BF16" in core.get_property(kind.upper(), "OPTIMIZATION_CAPABILITIES"):
         return ""

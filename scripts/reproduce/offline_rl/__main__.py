@@ -85,15 +85,19 @@ class Job:
         return self.agent.endswith(NARROWLY)
 
     @property
+    def plain(self) -> str:
+        """Return the agent's name without how it acts."""
+        return self.agent.removesuffix(NARROWLY)
+
+    @property
     def run_name(self) -> str:
         """Return what its run folder is called: those that differ only when they act share one."""
-        return f"{self.agent.removesuffix(NARROWLY)}-{self.dataset}-{self.seed}"
+        return f"{self.plain}-{self.dataset}-{self.seed}"
 
     @property
     def algorithm(self) -> str:
         """Return the agent's name without what makes it a control."""
-        plain = self.agent.removesuffix(NARROWLY)
-        return CONTROLS.get(plain, (plain,))[0]
+        return CONTROLS.get(self.plain, (self.plain,))[0]
 
     @property
     def settings(self) -> Any:
@@ -102,8 +106,7 @@ class Job:
         Raises:
             PolicyError: if the preset has none.
         """
-        plain = self.agent.removesuffix(NARROWLY)
-        name, changes = CONTROLS.get(plain, (plain, {}))
+        name, changes = CONTROLS.get(self.plain, (self.plain, {}))
         settings = self.task.preset.agents.get(name)
         if settings is None:
             raise PolicyError(
@@ -112,7 +115,7 @@ class Job:
             )
         if self.narrow and settings.sampler != replace(NARROW, temperature=1.0):
             raise PolicyError(
-                f"{self.agent!r} would not be {plain!r} with less noise on {self.dataset}, where it samples by "
+                f"{self.agent!r} would not be {self.plain!r} with less noise on {self.dataset}, where it samples by "
                 f"{settings.sampler}; leave {NARROWLY} out"
             )
         return replace(settings, **changes)
