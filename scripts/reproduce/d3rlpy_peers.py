@@ -6,8 +6,9 @@
 A side environment, because d3rlpy 2.8.1 wants gymnasium 1.0, and nothing of diffpolicy is imported in it. Settings are
 those of d3rlpy's own reproductions of the papers (IQL: rewards scaled by the range of returns, expectile 0.7, weight
 temperature 3, the actor's rate along half a cosine; TD3+BC: standardised observations, alpha 2.5), which are made for
-500,000 steps of batches of 256; here they have as many as ours, 20,000. All steps are drawn alike. A finished run is
-not run again; a stopped one starts over.
+500,000 steps of batches of 256; here they have as many as ours, 20,000, and with `+longer` after their name three times
+as many, which takes about as long as ours. All steps are drawn alike. A finished run is not run again; a stopped one
+starts over.
 """
 
 # pyright: reportMissingImports=false
@@ -37,14 +38,20 @@ DATASETS = tuple(f"{robot}-{quality}" for quality in ("mixed", "expert", "medium
 
 def agent(name: str, steps: int) -> Any:
     """Return one of d3rlpy's agents with the settings of its reproduction."""
-    if name == "d3rlpy-iql":
+    if name.startswith("d3rlpy-iql"):
         cosine = AdamFactory(lr_scheduler_factory=CosineAnnealingLRFactory(T_max=steps))
         scaler = ReturnBasedRewardScaler(multiplier=1000.0)
         return IQLConfig(actor_optim_factory=cosine, reward_scaler=scaler).create(device="cpu:0")
     return TD3PlusBCConfig(observation_scaler=StandardObservationScaler()).create(device="cpu:0")
 
 
+LONGER, TIMES = "+longer", 3
 AGENTS = ("d3rlpy-iql", "d3rlpy-td3+bc")
+
+
+def steps_of(name: str, steps: int) -> int:
+    """Return the gradient steps of an agent by its name."""
+    return steps * TIMES if name.endswith(LONGER) else steps
 
 
 def read(path: Path) -> Any:
@@ -82,11 +89,12 @@ def score(returns: list[float], robot: str) -> list[float]:
 def run(args: argparse.Namespace, name: str, dataset: str, seed: int) -> dict[str, Any]:
     """Train and play; return what offline_rl/results.py reads."""
     d3rlpy.seed(seed)
-    actor = agent(name, args.steps)
+    steps = steps_of(name, args.steps)
+    actor = agent(name, steps)
     actor.fit(
         read(args.data / f"{dataset}.hdf5"),
-        n_steps=args.steps,
-        n_steps_per_epoch=args.steps,
+        n_steps=steps,
+        n_steps_per_epoch=steps,
         logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
         show_progress=False,
     )
@@ -99,7 +107,7 @@ def run(args: argparse.Namespace, name: str, dataset: str, seed: int) -> dict[st
         "seed": seed,
         "score": score(returns, robot),
         "returns": returns,
-        "steps": args.steps,
+        "steps": steps,
         "first_episode_seed": first,
         "settings": {"config": str(actor.config)},
         "versions": {package: version(package) for package in names},
@@ -122,16 +130,17 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the datasets, DATASET.hdf5")
     parser.add_argument("--out", type=Path, default=Path("runs/offline_rl"), help="where results go")
     parser.add_argument("--datasets", nargs="+", default=DATASETS)
-    parser.add_argument("--agents", nargs="+", default=AGENTS, choices=AGENTS)
+    parser.add_argument("--agents", nargs="+", default=AGENTS, choices=(*AGENTS, *(name + LONGER for name in AGENTS)))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20_000)
     args = parser.parse_args()
     torch.set_num_threads(1)
     (args.out / "results").mkdir(parents=True, exist_ok=True)
-    for path in (result_of(args, *run) for run in wanted(args)):
-        if path.exists() and (steps := json.loads(path.read_text())["steps"]) != args.steps:
-            parser.error(f"{path} has {steps} steps, not {args.steps}; give another --out, or remove it")
+    for name, dataset, seed in wanted(args):
+        path, steps = result_of(args, name, dataset, seed), steps_of(name, args.steps)
+        if path.exists() and (found := json.loads(path.read_text())["steps"]) != steps:
+            parser.error(f"{path} has {found} steps, not {steps}; give another --out, or remove it")
     for name, dataset, seed in wanted(args):
         path = result_of(args, name, dataset, seed)
         if not path.exists():
