@@ -111,7 +111,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        values = asdict(self) | {"execution": self.execution and self.execution.to_json()}
+        execution = self.execution and self.execution.to_json()
+        values = asdict(self) | {"seeds": list(self.seeds), "execution": execution}
         named = {"return": values.pop("returns"), **values}
         for key, inner in (("return", "mean"), ("success", "rate"), ("score", "mean")):
             e = named[key]

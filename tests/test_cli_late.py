@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffpolicy.cli import main
+from diffpolicy.cli import late, main
 from diffpolicy.control import delays
 from diffpolicy.control.strategies import Bidirectional
 from diffpolicy.data.episodes import Episode, from_list
@@ -76,6 +76,19 @@ def test_several_are_drawn_and_what_is_finished_is_not_played_again(run, tmp_pat
     cells = json.loads((tmp_path / "delays.json").read_text())["cells"]
     assert played[5:] == [("bid", 3), ("bid", 4)] and len(cells) == 5
     assert [cell["weights"] for cell in cells].count("others") == 2
+
+
+def test_each_is_told_beside_waiting_for_the_same_plans_episode_by_episode():
+    """Waiting succeeds in 1, 0, 0, 0, 0, 1 and the other in 1, 1, 1, 0, 0, 1: two of six more, none fewer."""
+
+    def cell(strategy: str, delay: int, success: list[float]) -> dict:
+        report = {"env_id": "E", "env_kwargs": {}, "seeds": [0, 5], "by_episode": {"success": success, "length": [9] * 6}}
+        return {"strategy": strategy, "delay": delay, "report": report}
+
+    waiting, other = cell("synchronous", 4, [1, 0, 0, 0, 0, 1]), cell("switch", 4, [1, 1, 1, 0, 0, 1])
+    cells = [cell("synchronous", 2, [1] * 6), waiting, other]
+    assert late._against_waiting(other, cells) == "   minus waiting: success +0.333 [+0.000, +0.667]"
+    assert late._against_waiting(waiting, cells) == late._against_waiting(cell("switch", 7, [1] * 6), cells) == ""
 
 
 def test_another_policy_and_another_weak_one_have_another_fingerprint(run):

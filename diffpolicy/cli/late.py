@@ -19,7 +19,7 @@ from diffpolicy.data.files import write_atomically
 from diffpolicy.errors import SpecError
 from diffpolicy.policy import Policy
 from diffpolicy.provenance import versions
-from diffpolicy.report import Estimate, Report
+from diffpolicy.report import Estimate, Report, compare
 from diffpolicy.rollout import make_env
 from diffpolicy.tables import get_strategy
 from diffpolicy.train import resolve_device
@@ -119,7 +119,7 @@ def _sweep(policy: Policy, trials: list[Trial], world: World, out: Path, resume:
         same = [other for other in former if all(other[key] == cell[key] for key in ("env", "seeds", "sampler"))]
         figure = pictures.delays(cells + same, f"{world.env_id}, {sampler}, {world.episodes} seeds from {world.seed}")
         figure.savefig(out / "delays.png", dpi=120)
-        print(_line(cell))
+        print(_line(cell) + _against_waiting(cell, cells + same))
     print(f"  cells        {path}\n  picture      {out / 'delays.png'}")
 
 
@@ -127,3 +127,14 @@ def _line(cell: dict[str, Any]) -> str:
     jump = "no border" if cell["jump"] is None else f"jump {Estimate(**cell['jump'])}"
     quality = f"{cell['kind']} {Estimate(**cell['quality'])}"
     return f"  {cell['strategy']:<12} delay {cell['delay']:<4g} {quality}   {jump}"
+
+
+def _against_waiting(cell: dict[str, Any], cells: list[dict[str, Any]]) -> str:
+    """Return the paired difference to an arm that waits for the same plans, where one has been played."""
+    of_delay = (other for other in cells if other["delay"] == cell["delay"] and other is not cell)
+    waiting = next((other for other in of_delay if other["strategy"] == "synchronous"), None)
+    if waiting is None:
+        return ""
+    found = {each.name: each for each in compare(waiting["report"], cell["report"])}
+    told = (f"{name} {found[name].difference:+.3f}" for name in ("success", "score") if name in found)
+    return f"   minus waiting: {', '.join(told)}"
