@@ -1,0 +1,61 @@
+"""What the READMEs say can be typed: paths exist, flags are known, and the code runs, from its data to its actions."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import diffpolicy as dp
+from diffpolicy.cli import VERBS, main
+from diffpolicy.data.episodes import Episode, from_list
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "scripts/benchmarks/README.md", "scripts/reproduce/README.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_of_the_repository_that_a_readme_names_is_there(page):
+    text = (ROOT / page).read_text()
+    named = re.findall(r"(?<![\w/.-])(?:diffpolicy|envs|scripts|tests|results)/[\w./-]*\w/?", text)
+    assert len(named) > 5
+    missing = {name for name in named if not any((top / name).exists() for top in (ROOT, (ROOT / page).parent))}
+    assert not missing
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_that_a_readme_gives_a_verb_is_one(verb, capsys):
+    pages = "\n".join((ROOT / page).read_text() for page in PAGES)
+    commands = re.findall(rf"(?:`|diffpolicy ){verb} ([^`#\n]+)", pages)
+    flags = {flag for words in commands for flag in re.findall(r"(?<!\S)--[a-z0-9.-]+", words)}
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    known = set(re.findall(r"(?<![\w-])--[a-z0-9.-]+", capsys.readouterr().out))
+    assert flags <= known
+
+
+def test_the_code_of_train_and_act_runs_in_their_order(tmp_path, monkeypatch):
+    """With fewer steps, a smaller network and made-up demonstrations of the maze that is played."""
+    rng = np.random.default_rng(0)
+    sizes = {"observation": 4, "achieved_goal": 2, "desired_goal": 2}
+    demos = [
+        Episode(
+            {name: rng.uniform(-1, 1, (41, size)).astype(np.float32) for name, size in sizes.items()},
+            rng.uniform(-1, 1, (40, 2)).astype(np.float32),
+            np.zeros(40, np.float32),
+            terminated=False,
+            truncated=True,
+        )
+        for _ in range(3)
+    ]
+    monkeypatch.chdir(tmp_path)
+    dp.save(from_list(demos), Path("runs/quickstart/demos"))
+    train_it, act = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[:2]
+    for said, small in (("20_000", "6"), ("(64, 128, 256)", "(16, 16)"), ("episodes=100", "episodes=1")):
+        assert said in train_it + act
+        train_it, act = train_it.replace(said, small), act.replace(said, small)
+    names: dict = {}
+    exec(train_it, names)
+    assert names["step"] == 6
+    exec(act, names)
+    assert names["action"].shape == (2,) and names["report"].seeds == (100_000, 100_000)
