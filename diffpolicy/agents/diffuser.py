@@ -20,6 +20,7 @@ from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.diffusion.denoiser import NetworkDenoiser, broadcast, diffuse
 from diffpolicy.errors import SpecError
 from diffpolicy.guides import ValueGuidance
+from diffpolicy.learning.critics import spread_out
 from diffpolicy.learning.imitation import Imitation, ImitationConfig
 from diffpolicy.learning.imitator import Imitator, stratified_times
 from diffpolicy.nets.critic import NoisedValue
@@ -94,9 +95,12 @@ class Diffuser(Imitation[DiffuserConfig]):
         self, episodes: Episodes, device: str | torch.device = "cpu", only: np.ndarray | None = None
     ) -> Windows:
         """Return windows whose reward is G, standardised over all episodes, those not chosen included."""
-        returns = rewards.returns_to_go(episodes, self.config.gamma)
-        standard = (returns - returns.mean()) / max(float(returns.std()), 1e-8)
-        return self.judged_windows(episodes, standard, device, only)
+        return self.judged_windows(episodes, self._standard(episodes, episodes), device, only)
+
+    def _standard(self, episodes: Episodes, data: Episodes) -> np.ndarray:
+        """G of every step of episodes in standard deviations of the data's, `(N,)`."""
+        followed, known = (rewards.returns_to_go(each, self.config.gamma) for each in (episodes, data))
+        return (followed - known.mean()) / max(float(known.std()), 1e-8)
 
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """L + L_J: no weight is in both."""
@@ -122,6 +126,24 @@ class Diffuser(Imitation[DiffuserConfig]):
             "q_policy": float(own.mean()),
             "advantage": data - own,
         }
+
+    @torch.no_grad()
+    def hindsight(self, played: Episodes, data: Episodes, every: int) -> dict[str, float]:
+        """Compare J of each `every`-th step's chunk with its G, in standard deviations of the data's returns.
+
+        `monte_carlo` is the mean G, `overestimation` how much higher J is, as `learning/critics.py` has them; but a
+        time limit ends a return here, as it does in training. Nothing where no step has a recorded next observation.
+        """
+        averaged, windows = self.ema.module, Windows(played, self.spec, require_next=True)
+        assert isinstance(averaged, ValuedImitator)
+        if not len(windows):
+            return {}
+        step = windows.rows - windows.start[windows.episode].repeat_interleave(windows.count)
+        index = spread_out((step % every == 0).nonzero().squeeze(-1))
+        batch = self.normalizer.encode(windows.gather(index).to(self.device))
+        value = averaged.value.value(averaged.encoder(batch.obs), batch.action).double().cpu().numpy()
+        followed = self._standard(played, data)[windows.rows[index]]
+        return {"overestimation": float((value - followed).mean()), "monte_carlo": float(followed.mean())}
 
     def policy(self) -> Policy:
         """Return the policy of the averaged weights as they stand, guided; it shares them with the agent."""

@@ -116,6 +116,11 @@ def early(episodes: Episodes, gamma: float, every: int) -> np.ndarray:
     return seen & (step % every == 0)
 
 
+def spread_out(index: torch.Tensor) -> torch.Tensor:
+    """Return at most `LOOKED_AT` of the numbers, evenly from first to last."""
+    return index[torch.linspace(0, len(index) - 1, min(len(index), LOOKED_AT)).round().long()]
+
+
 class Critics:
     """An ensemble in training: its slow copy and its optimizer.
 
@@ -236,7 +241,7 @@ class Critics:
         """
         windows = Windows(episodes, self.spec, self.config.gamma, require_next=True)
         known = torch.from_numpy(early(episodes, self.config.gamma, every))[windows.rows].nonzero().squeeze(-1)
-        index = known[torch.linspace(0, len(known) - 1, min(len(known), LOOKED_AT)).round().long()]
+        index = spread_out(known)
         value, whole = self._values(windows, index, normalizer)
         if not whole.any():
             return {}

@@ -131,6 +131,23 @@ def test_the_value_of_noised_chunks_is_the_expected_return_of_the_bandit_given_t
         assert (error * seen).sum() / seen.sum() < 0.1
 
 
+def test_diffusers_values_are_the_returns_of_what_they_learned_from_and_with_0_3_added_overestimate_by_that():
+    """Steps 0 and 2 of walks of 4 are looked at; their G is on average above that of all steps, 0."""
+    steps, actions = np.arange(4), np.random.default_rng(0).uniform(-1, 1, (400, 4, 1))
+    walks = [Episode({"obs": np.arange(5.0)[:, None]}, walk, walk[:, 0] + 1, False, True) for walk in actions]
+    episodes = from_list(walks)
+    agent = make("diffuser", episodes, 400, gamma=0.5)
+    learn(agent, episodes, 400, batch_size=128)
+    reward = np.asarray(episodes.reward, dtype=np.float64).reshape(400, 4)
+    returns = np.stack([reward[:, k:] @ 0.5 ** steps[: 4 - k] for k in steps], axis=1)
+    standard = (returns - returns.mean()) / returns.std()
+    found = agent.hindsight(episodes, episodes, 2)
+    assert found["monte_carlo"] == pytest.approx(standard[:, [0, 2]].mean()) and found["monte_carlo"] > 0.1
+    assert abs(found["overestimation"]) < 0.1
+    agent.ema.module.value.body[-1].bias.data += 0.3
+    assert agent.hindsight(episodes, episodes, 2)["overestimation"] - found["overestimation"] == pytest.approx(0.3)
+
+
 def densities(mixture: Mixture, x_t: torch.Tensor, time: float) -> torch.Tensor:
     """Of `x_t (B,)` under each component, `(B, M)`, up to a factor."""
     alpha, sigma = mixture.schedule(time)
