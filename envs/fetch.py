@@ -15,8 +15,9 @@ What to do follows from the present observation only: a gripper that is pushed a
 where it is, and a network that sees one observation can imitate it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -49,7 +50,51 @@ def reach_at_50_hz(**kwargs: Any) -> gym.Env[Any, Any]:
     return gym.wrappers.TransformAction(env, lambda action: GAIN_50_HZ * action, env.action_space)
 
 
-class FetchReachExpert:
+class _FetchExpert(ABC):
+    """What the experts share: observations of one environment or of many in, actions out."""
+
+    task: ClassVar[str]
+    size: ClassVar[int]  # of `observation`
+
+    def predict(
+        self,
+        observation: Mapping[str, NDArray[Any]],
+        state: tuple[Array, ...] | None = None,
+        episode_start: NDArray[np.bool_] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[NDArray[np.float32], tuple[Array, ...] | None]:
+        """Returns the actions, `(4,)` or `(N, 4)`, and the state unchanged, in stable-baselines3's protocol.
+
+        Args:
+            observation: `observation`, `(10,)` or `(N, 10)` of FetchReach and `(25,)` or `(N, 25)` of
+                FetchPickAndPlace, and `desired_goal`, `(3,)` or `(N, 3)`, in metres.
+            state: part of the protocol; the expert has none.
+            episode_start: part of the protocol.
+            deterministic: part of the protocol; an expert has only one way of acting.
+
+        Raises:
+            EnvsError: observations of another environment.
+        """
+        way, fingers = self._move(*self._parts(observation))
+        return np.concatenate([np.clip(way / STEP, -1.0, 1.0), fingers[..., None]], -1).astype(np.float32), state
+
+    @abstractmethod
+    def _move(self, body: Array, goal: Array) -> tuple[Array, Array]:
+        """Returns where the gripper goes, `(..., 3)` in metres, and what its fingers do, `(...)`."""
+
+    def _parts(self, observation: Mapping[str, NDArray[Any]]) -> tuple[Array, Array]:
+        """Returns `observation`, `(..., size)`, and `desired_goal`, `(..., 3)`."""
+        shapes = {key: np.shape(observation[key]) for key in observation} if isinstance(observation, Mapping) else {}
+        body, goal = shapes.get("observation", ()), shapes.get("desired_goal", ())
+        if body[-1:] != (self.size,) or goal != (*body[:-1], 3):
+            raise EnvsError(
+                f"The observation has the parts {shapes}: wanted are 'observation' (..., {self.size}) and "
+                f"'desired_goal' (..., 3), as the {self.task} environments of gymnasium-robotics give them."
+            )
+        return np.asarray(observation["observation"], np.float64), np.asarray(observation["desired_goal"], np.float64)
+
+
+class FetchReachExpert(_FetchExpert):
     """Acts in `FetchReach-v4` and at 50 Hz: moves the gripper straight to the goal, and stays there.
 
     Example:
@@ -57,30 +102,14 @@ class FetchReachExpert:
         >>> action, _ = FetchReachExpert().predict(env.reset(seed=0)[0])  # doctest: +SKIP
     """
 
-    def predict(
-        self,
-        observation: Mapping[str, NDArray[Any]],
-        state: tuple[Array, ...] | None = None,
-        episode_start: NDArray[np.bool_] | None = None,
-        deterministic: bool = True,
-    ) -> tuple[NDArray[np.float32], tuple[Array, ...] | None]:
-        """Returns the actions, `(4,)` or `(N, 4)`, and the state unchanged, in stable-baselines3's protocol.
+    task, size = "FetchReach", 10
 
-        Args:
-            observation: `observation`, `(10,)` or `(N, 10)`, and `desired_goal`, `(3,)` or `(N, 3)`, in metres.
-            state: part of the protocol; the expert has none.
-            episode_start: part of the protocol.
-            deterministic: part of the protocol; an expert has only one way of acting.
-
-        Raises:
-            EnvsError: observations of another environment.
-        """
-        body, goal = _parts(observation, 10, "FetchReach")
+    def _move(self, body: Array, goal: Array) -> tuple[Array, Array]:
         way = goal - body[..., :3]
-        return _action(way, np.zeros(way.shape[:-1])), state
+        return way, np.zeros(way.shape[:-1])
 
 
-class FetchPickAndPlaceExpert:
+class FetchPickAndPlaceExpert(_FetchExpert):
     """Acts in `FetchPickAndPlace-v4`; the module's head tells how.
 
     Example:
@@ -88,45 +117,13 @@ class FetchPickAndPlaceExpert:
         >>> action, _ = FetchPickAndPlaceExpert().predict(env.reset(seed=0)[0])  # doctest: +SKIP
     """
 
-    def predict(
-        self,
-        observation: Mapping[str, NDArray[Any]],
-        state: tuple[Array, ...] | None = None,
-        episode_start: NDArray[np.bool_] | None = None,
-        deterministic: bool = True,
-    ) -> tuple[NDArray[np.float32], tuple[Array, ...] | None]:
-        """Returns the actions, `(4,)` or `(N, 4)`, and the state unchanged, in stable-baselines3's protocol.
+    task, size = "FetchPickAndPlace", 25
 
-        Args:
-            observation: `observation`, `(25,)` or `(N, 25)`, and `desired_goal`, `(3,)` or `(N, 3)`, in metres.
-            state: part of the protocol; the expert has none.
-            episode_start: part of the protocol.
-            deterministic: part of the protocol; an expert has only one way of acting.
-
-        Raises:
-            EnvsError: observations of another environment.
-        """
-        body, goal = _parts(observation, 25, "FetchPickAndPlace")
+    def _move(self, body: Array, goal: Array) -> tuple[Array, Array]:
         to_object, opening = body[..., 6:9], body[..., 9:11].sum(-1)
         sideways = np.linalg.norm(to_object[..., :2] / ROUND[:2], axis=-1)
         is_round = (sideways < 1.0) & (np.abs(to_object[..., 2]) < ROUND[2])
         holds = is_round & (opening < ON_OBJECT)
         height = np.where(is_round, 0.0, np.interp(sideways, DESCENT, (0.0, HOVER)))
         way = np.where(holds[..., None], goal - body[..., 3:6], to_object + height[..., None] * np.array([0, 0, 1]))
-        return _action(way, np.where(is_round, -1.0, 1.0)), state
-
-
-def _parts(observation: Mapping[str, NDArray[Any]], size: int, name: str) -> tuple[Array, Array]:
-    """Returns `observation`, `(..., size)`, and `desired_goal`, `(..., 3)`."""
-    shapes = {key: np.shape(observation[key]) for key in observation} if isinstance(observation, Mapping) else {}
-    body, goal = shapes.get("observation", ()), shapes.get("desired_goal", ())
-    if body[-1:] != (size,) or goal != (*body[:-1], 3):
-        raise EnvsError(
-            f"The observation has the parts {shapes}: wanted are 'observation' (..., {size}) and 'desired_goal' "
-            f"(..., 3), as the {name} environments of gymnasium-robotics give them."
-        )
-    return np.asarray(observation["observation"], np.float64), np.asarray(observation["desired_goal"], np.float64)
-
-
-def _action(way: Array, fingers: Array) -> NDArray[np.float32]:
-    return np.concatenate([np.clip(way / STEP, -1.0, 1.0), fingers[..., None]], axis=-1).astype(np.float32)
+        return way, np.where(is_round, -1.0, 1.0)

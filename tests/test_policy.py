@@ -8,8 +8,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from worlds import babble
 
-from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk
@@ -48,15 +48,7 @@ def make_policy(
     `seed` is of its noise.
     """
     told = 4 if isinstance(guidance, ClassifierFreeGuidance) else 0
-    rng = np.random.default_rng(0)
-    episode = Episode(
-        obs={"pose": rng.normal(size=(31, 3)).astype(np.float32), "goal": rng.normal(size=(31, 2)).astype(np.float32)},
-        action=rng.uniform(-2, 5, size=(30, 2)).astype(np.float32),
-        reward=np.zeros(30, dtype=np.float32),
-        terminated=False,
-        truncated=True,
-    )
-    episodes = from_list([episode])
+    episodes = babble({"pose": 3, "goal": 2}, -2, 5)
     spec = Spec.from_episodes(episodes, horizon=8, n_obs_steps=2, n_action_steps=3)
     normalizer = Normalizer.fit(episodes, {"pose": ("limits", "limits", "angle")})
     config = DenoiserConfig(

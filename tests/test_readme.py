@@ -3,12 +3,11 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
+from worlds import babble
 
 import diffpolicy as dp
 from diffpolicy.cli import VERBS, main
-from diffpolicy.data.episodes import Episode, from_list
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "scripts/benchmarks/README.md", "scripts/reproduce/README.md")
@@ -35,21 +34,9 @@ def test_every_flag_that_a_readme_gives_a_verb_is_one(verb, capsys):
 
 
 def test_the_code_of_train_and_act_runs_in_their_order(tmp_path, monkeypatch):
-    """With fewer steps, a smaller network and made-up demonstrations of the maze that is played."""
-    rng = np.random.default_rng(0)
-    sizes = {"observation": 4, "achieved_goal": 2, "desired_goal": 2}
-    demos = [
-        Episode(
-            {name: rng.uniform(-1, 1, (41, size)).astype(np.float32) for name, size in sizes.items()},
-            rng.uniform(-1, 1, (40, 2)).astype(np.float32),
-            np.zeros(40, np.float32),
-            terminated=False,
-            truncated=True,
-        )
-        for _ in range(3)
-    ]
+    """With fewer steps, a smaller network and babble for demonstrations of the maze that is played."""
     monkeypatch.chdir(tmp_path)
-    dp.save(from_list(demos), Path("runs/quickstart/demos"))
+    dp.save(babble({"observation": 4, "achieved_goal": 2, "desired_goal": 2}), Path("runs/quickstart/demos"))
     train_it, act = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[:2]
     for said, small in (("20_000", "6"), ("(64, 128, 256)", "(16, 16)"), ("episodes=100", "episodes=1")):
         assert said in train_it + act

@@ -17,6 +17,14 @@ def bandit(count: int = 600, steps: int = 1, seed: int = 0, gap: float = 1.0) ->
     return from_list(episodes)
 
 
+def babble(sizes: dict[str, int], low: float = -1.0, high: float = 1.0) -> Episodes:
+    """One episode of 30 steps, all at random: named observations of these sizes, and two actions."""
+    rng = np.random.default_rng(0)
+    obs = {name: rng.normal(size=(31, size)).astype(np.float32) for name, size in sizes.items()}
+    action = rng.uniform(low, high, size=(30, 2)).astype(np.float32)
+    return from_list([Episode(obs, action, np.zeros(30, np.float32), terminated=False, truncated=True)])
+
+
 def chain(count: int = 300, cells: int = 5, limit: int = 12, seed: int = 0) -> Episodes:
     """A walk over `cells` places, one-hot: action 1 goes right, -1 left, at random; behind the last place is reward 1.
 

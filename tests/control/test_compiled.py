@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from pretended_cuda import PretendedCuda
+from worlds import babble
 
 from diffpolicy.control.compiled import backends
 from diffpolicy.control.compiled.backends import BACKENDS, Job, usable_on
 from diffpolicy.control.compiled.chain import Bodies, times_of
 from diffpolicy.control.compiled.plan import CompiledPlan, Measured, build, compile_plan, example, share_of_range
 from diffpolicy.control.compiled.runtimes import eight_bits
-from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Trained
@@ -48,15 +48,7 @@ def make_policy(
     network: str = "unet1d", sampler: str = "ddim", steps: int = 3, eta: float = 0.0, **denoiser: int
 ) -> Policy:
     """An untrained policy of two named observations, one with an angle; it predicts the velocity of the schedule."""
-    rng = np.random.default_rng(0)
-    episode = Episode(
-        obs={"pose": rng.normal(size=(31, 3)).astype(np.float32), "goal": rng.normal(size=(31, 2)).astype(np.float32)},
-        action=rng.uniform(-2, 5, size=(30, 2)).astype(np.float32),
-        reward=np.zeros(30, dtype=np.float32),
-        terminated=False,
-        truncated=True,
-    )
-    episodes = from_list([episode])
+    episodes = babble({"pose": 3, "goal": 2}, -2, 5)
     spec = Spec.from_episodes(episodes, horizon=8, n_obs_steps=2, n_action_steps=3)
     normalizer = Normalizer.fit(episodes, {"pose": ("limits", "limits", "angle")})
     given = NETWORKS[network]

@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from worlds import babble
 
 from diffpolicy.cli import main
 from diffpolicy.control.compiled import formats
@@ -20,7 +21,6 @@ from diffpolicy.control.compiled.backends import Job
 from diffpolicy.control.compiled.export import LIMIT, export
 from diffpolicy.control.compiled.formats import FORMATS, Format, onnx_model
 from diffpolicy.control.compiled.plan import example, share_of_range
-from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.errors import MissingExtraError, PolicyError
@@ -49,16 +49,9 @@ ANY = [SamplerConfig(name, 2) for name in SAMPLERS if name not in MOST_STEPS] + 
 @cache
 def make_policy(sampler: SamplerConfig = ANY[0], network: str = "mlp", samples: int = 1, heat: float = 0.0) -> Policy:
     """An untrained policy with the sizes of a maze's; with several samples a critic chooses among them."""
-    rng = np.random.default_rng(0)
-    episode = Episode(
-        obs={name: rng.normal(size=(31, size)).astype(np.float32) for name, size in MAZE.items()},
-        action=rng.uniform(-1, 1, size=(30, 2)).astype(np.float32),
-        reward=np.zeros(30, dtype=np.float32),
-        terminated=False,
-        truncated=True,
-    )
-    spec = Spec.from_episodes(from_list([episode]), horizon=8, n_obs_steps=2, n_action_steps=3)
-    normalizer = Normalizer.fit(from_list([episode]), {"observation": ("limits", "limits", "angle", "standard")})
+    episodes = babble(MAZE)
+    spec = Spec.from_episodes(episodes, horizon=8, n_obs_steps=2, n_action_steps=3)
+    normalizer = Normalizer.fit(episodes, {"observation": ("limits", "limits", "angle", "standard")})
     config = DenoiserConfig(
         network, (16, 32), 3, step_embed_dim=16, hidden_dim=32, depth=2, obs_embed_dim=8, prediction="v_prediction"
     )
