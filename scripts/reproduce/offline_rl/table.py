@@ -41,8 +41,10 @@ of it.
 ABOUT_PEERS = """\
 d3rlpy's agents have the settings of its own reproductions (rates 3e-4, targets that move by 0.005, no scaler of
 observations for IQL), made for 500,000 steps, and draw all steps alike; those of the others were chosen for the length
-played here, and on locomotion all but `bc`, `bc+narrow` and `edp-preference` draw good episodes more often. `+longer`
-ones have three times the steps of the others, and take about as long as ours.
+played here, and on locomotion all but `bc`, `bc+narrow` and `edp-preference` draw good episodes more often.
+"""
+ABOUT_LONGER = """\
+`+longer` ones have three times the steps of the others, and take about as long as ours.
 """
 
 
@@ -171,6 +173,7 @@ def write(runs: Sequence[Run], data: Mapping[str, float], folder: Path) -> str:
     parts = [scores(table, data), differences(table), NOTES.format(steps=steps, episodes=episodes)]
     parts += [ABOUT_NARROW] if any(agent.endswith(NARROWLY) for agent in table) else []
     parts += [ABOUT_PEERS] if any(peer in table for peer in PEERS) else []
+    parts += [ABOUT_LONGER] if any(agent.endswith(LONGER) for agent in table) else []
     text = "\n".join(part for part in parts if part)
     short = [asdict(replace(run, score=tuple(round(x, 2) for x in run.score), returns=())) for run in runs]
     (folder / "offline_rl.md").write_text(text)
