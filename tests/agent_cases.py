@@ -16,6 +16,7 @@ from diffpolicy.agents.qc import Qc, QcConfig
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
+from diffpolicy.data.windows import Batch
 from diffpolicy.learning.actor import ActorConfig
 from diffpolicy.learning.critics import TdConfig
 from diffpolicy.parts import CriticConfig, DenoiserConfig, SamplerConfig, SelectionConfig
@@ -62,6 +63,26 @@ def make(
     spec = Spec.from_episodes(episodes, horizon=horizon or chunk, n_obs_steps=1, n_action_steps=chunk)
     normalizer = Normalizer.fit(episodes, {"obs": "none"})
     return agent(spec, normalizer, replace(config, **changes), steps, "cpu", 0)
+
+
+def everything(agent: Agent, episodes: Episodes) -> Batch:
+    """All windows of the agent's, encoded."""
+    windows = agent.windows(episodes)
+    return agent.normalizer.encode(windows.gather(torch.arange(len(windows))))
+
+
+def say(critic: torch.nn.Module, *values: float) -> None:
+    """Have each member, or all of them, say one number of anything."""
+    for parameter in critic.parameters():
+        torch.nn.init.zeros_(parameter)
+    critic.body[-1].bias.data += torch.tensor(values).view(-1, 1, 1)
+
+
+def shake(module: torch.nn.Module) -> None:
+    """Move its weights a little, always alike."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def learn(agent: Agent, episodes: Episodes, steps: int, batch_size: int = 64) -> None:

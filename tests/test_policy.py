@@ -184,6 +184,15 @@ def test_a_saved_policy_acts_the_same(tmp_path, device):
     assert loaded.spec == policy.spec
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_temperature_of_one_half_plans_from_half_the_noise(sampler):
+    policy, generator = make_policy(sampler=sampler), torch.Generator().manual_seed(0)
+    history = {name: torch.randn(5, 2, size, generator=generator) for name, size in (("pose", 3), ("goal", 2))}
+    noise = torch.randn(policy.planner.draws, 5, 8, 2, generator=generator)
+    cold = policy.with_sampler(temperature=0.5).plan(history, noise)
+    assert torch.equal(cold, policy.plan(history, 0.5 * noise)) and not torch.equal(cold, policy.plan(history, noise))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_a_saved_policy_of_5_samples_chooses_the_same_one(tmp_path, temperature):
     choice = SelectionConfig(5, temperature)

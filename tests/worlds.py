@@ -17,6 +17,18 @@ def bandit(count: int = 600, steps: int = 1, seed: int = 0, gap: float = 1.0) ->
     return from_list(episodes)
 
 
+def two_episodes(has_final: bool = True, mask: list[bool] | None = None) -> Episodes:
+    """Rewards 1 2 3 4 and a true end; 5 6 7 8 and a time limit."""
+
+    def episode(rewards: list[float], terminated: bool, has_final: bool) -> Episode:
+        obs = {"obs": np.array([*rewards, 0.0], np.float32)[:, None]}
+        action = np.array(rewards, np.float32)[:, None]
+        info = {} if mask is None else {"mask": np.array(mask)}
+        return Episode(obs, action, np.array(rewards, np.float32), terminated, not terminated, info, has_final)
+
+    return from_list([episode([1.0, 2.0, 3.0, 4.0], True, True), episode([5.0, 6.0, 7.0, 8.0], False, has_final)])
+
+
 def babble(sizes: dict[str, int], low: float = -1.0, high: float = 1.0) -> Episodes:
     """One episode of 30 steps, all at random: named observations of these sizes, and two actions."""
     rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Obs
 from diffpolicy.diffusion.sampler import Sample
-from diffpolicy.learning.descent import compile_training, descend, warmup_cosine
+from diffpolicy.learning.descent import compile_training, descend, restore, warmup_cosine
 from diffpolicy.learning.imitator import Imitator
 from diffpolicy.nets.ema import Ema
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, make_planner
@@ -112,5 +112,5 @@ class Actor:
         """Continue from `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.optimizer, state["optimizer"])
         self.updates = state["updates"]

@@ -42,6 +42,7 @@ from diffpolicy.data.rewards import returns_to_go
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Obs, Windows
 from diffpolicy.errors import SpecError, TrainingError
+from diffpolicy.learning.descent import restore
 from diffpolicy.nets.critic import Critic
 from diffpolicy.nets.encoder import FlattenEncoder
 from diffpolicy.parts import RewardConfig
@@ -290,11 +291,3 @@ class Critics:
         self.target.load_state_dict(state["target"])
         restore(self.optimizer, state["optimizer"])
         self.largest_reward = state["largest_reward"]
-
-
-def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state, but for its learning rate: a resumed run may have been given another."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate

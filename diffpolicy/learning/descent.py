@@ -1,6 +1,7 @@
 """How weights descend: one step, its learning rate, the length of its gradient, a compiled network."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,6 +42,14 @@ def clip_gradient(module: nn.Module, limit: float) -> torch.Tensor:
     if norm.device.type != "cpu" or not norm <= limit:  # multiplying by 1 would read and write it all
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's moments and steps, but none of its settings: a resumed run may have been given others."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def compile_training(network: nn.Module, device: torch.device, *more: nn.Module) -> None:

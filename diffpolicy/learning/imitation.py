@@ -13,7 +13,7 @@ from diffpolicy.data.rewards import check_preference, preferred
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Batch, Windows
 from diffpolicy.errors import SpecError
-from diffpolicy.learning.descent import compile_training, descend, warmup_cosine
+from diffpolicy.learning.descent import compile_training, descend, restore, warmup_cosine
 from diffpolicy.learning.imitator import Imitator
 from diffpolicy.nets.ema import Ema
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, why_not
@@ -174,6 +174,6 @@ class Imitation(ABC, Generic[C]):
         """Continue from `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         self.step = state["step"]

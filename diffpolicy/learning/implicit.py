@@ -15,7 +15,8 @@ import torch
 from diffpolicy.data.windows import Batch
 from diffpolicy.errors import SpecError
 from diffpolicy.learning.actor_critic import ActorCritic, ActorCriticConfig, Learned
-from diffpolicy.learning.critics import Metrics, restore, whole_chunks
+from diffpolicy.learning.critics import Metrics, whole_chunks
+from diffpolicy.learning.descent import restore
 from diffpolicy.nets.critic import Value
 from diffpolicy.parts import make_value
 

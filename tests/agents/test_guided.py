@@ -6,13 +6,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from agent_cases import AGENTS, learn, make
+from agent_cases import AGENTS, everything, learn, make
 from worlds import bandit, chain
 
 from diffpolicy.agents.cfgrl import Cfgrl
 from diffpolicy.agents.diffuser import ValuedImitator
 from diffpolicy.data.episodes import Episode, Episodes, from_list
-from diffpolicy.data.windows import Batch
 from diffpolicy.diffusion.exact import Mixture
 from diffpolicy.errors import PolicyError, SpecError
 from diffpolicy.guides import ClassifierFreeGuidance, ValueGuidance
@@ -155,16 +154,11 @@ def densities(mixture: Mixture, x_t: torch.Tensor, time: float) -> torch.Tensor:
     return torch.exp(-0.5 * ((x_t[:, None] - alpha * mixture.means.flatten()) / std) ** 2)
 
 
-def encoded(agent: Agent, episodes: Episodes) -> Batch:
-    windows = agent.windows(episodes, torch.device("cpu"))
-    return agent.normalizer.encode(windows.gather(torch.arange(len(windows))))
-
-
 def test_cfgrl_tells_o_for_the_better_actions_alone_and_nothing_of_the_others_reaches_its_loss():
     episodes = bandit(count=20)
     agent = make("cfgrl", episodes, 10)
     assert isinstance(agent, Cfgrl)
-    batch, better = encoded(agent, episodes), torch.arange(20) % 2 == 1
+    batch, better = everything(agent, episodes), torch.arange(20) % 2 == 1
     losses = []
     for action in (batch.action, torch.where(better[:, None, None], batch.action, 0.123)):
         agent.generator.manual_seed(0)
@@ -180,7 +174,7 @@ def test_of_a_chunk_cut_short_cfgrl_says_nothing():
     agent.conditional = lambda batch, better: (told.append(better), batch.action.sum() * 0)[1]
     for bias in agent.value.value.body[-1].parameters():
         torch.nn.init.constant_(bias, -100.0)  # every action is better than expected
-    agent.losses(encoded(agent, episodes))
+    agent.losses(everything(agent, episodes))
     assert told[0].view(20, 3).sum(0).tolist() == [20, 0, 0]
 
 
@@ -203,7 +197,7 @@ def test_idqls_critics_of_the_mean_overestimate_a_random_walk_by_nothing_and_wit
     """With tau 0.5 their values are those of the data's own actions: what follows them is what they say, on average."""
     episodes = chain(count=200)
     agent = make("idql", episodes, 250, tau=0.5, td=TdConfig(gamma=0.5, polyak=0.05, learning_rate=2e-3))
-    for batch in [encoded(agent, episodes)] * 250:
+    for batch in [everything(agent, episodes)] * 250:
         agent.update_critics(batch)
     found = agent.hindsight(episodes, episodes, 1)
     assert found["monte_carlo"] > 0.05

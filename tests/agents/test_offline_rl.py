@@ -6,7 +6,7 @@ from functools import cache, partialmethod
 import numpy as np
 import pytest
 import torch
-from agent_cases import AGENTS, FLOW, GAMMA, MLP, OFFLINE_RL, UNET, learn, make
+from agent_cases import AGENTS, FLOW, GAMMA, MLP, OFFLINE_RL, UNET, everything, learn, make, shake
 from torch._dynamo.utils import counters
 from worlds import bandit, chain
 
@@ -146,15 +146,18 @@ def test_critics_of_chunks_of_2_reach_the_optimal_values_of_two_steps_of_the_cha
 def test_max_q_backup_is_the_smallest_of_the_members_best():
     episodes = chain(count=10)
     agent = make("dql max-Q", episodes, 10)
+    shake(agent.critics.target)
     batch = some_batch(agent, episodes)
     noise = agent.actor.noise(5 * 16, torch.Generator().manual_seed(3))
     agent.generator.manual_seed(3)
     found = agent.next_value(batch.next_obs)
-    best = torch.full((2, 16), -torch.inf)
+    best, best_of_both = torch.full((2, 16), -torch.inf), torch.full((16,), -torch.inf)
     for k in range(5):  # M samples of the whole batch, one after the other
         chunk = agent.actor.sample_averaged(batch.next_obs, noise[:, 16 * k : 16 * (k + 1)])
         with torch.no_grad():
-            best = torch.maximum(best, agent.critics.target(agent.critics.cond(batch.next_obs), chunk))
+            q = agent.critics.target(agent.critics.cond(batch.next_obs), chunk)
+        best, best_of_both = torch.maximum(best, q), torch.maximum(best_of_both, q.amin(0))
+    assert (best.amin(0) - best_of_both).max() > 0.01  # the members disagree which sample is best
     torch.testing.assert_close(found, best.min(0).values)
 
 
@@ -163,9 +166,8 @@ def test_implicit_critics_reach_the_expectile_values_of_the_same_chain_within_2_
     """The expectile of the data's two actions, taken as often as the data takes them, in place of the maximum."""
     episodes = chain(count=40)
     agent = make(name, episodes, 800, tau=tau)
-    windows = agent.windows(episodes)
-    everything = agent.normalizer.encode(windows.gather(torch.arange(len(windows))))
-    place, right = everything.obs["obs"][:, 0].argmax(-1), everything.action[:, 0, 0] > 0
+    batch = everything(agent, episodes)
+    place, right = batch.obs["obs"][:, 0].argmax(-1), batch.action[:, 0, 0] > 0
     p = np.array([float(right[place == c].float().mean()) for c in range(5)])
 
     def expectile(q: np.ndarray) -> np.ndarray:
@@ -174,29 +176,28 @@ def test_implicit_critics_reach_the_expectile_values_of_the_same_chain_within_2_
         return (up * q.max(1) + down * q.min(1)) / (up + down)
 
     for _ in range(800):
-        agent.update_critics(everything)
+        agent.update_critics(batch)
     q = iterate(5, expectile)
     assert (learned_values(agent, 5) / q - 1).abs().max() < 0.02
     known = q - torch.from_numpy(expectile(q.numpy()))[:, None]
-    found = agent.statistics(everything)["advantage_over_v"]
+    found = agent.statistics(batch)["advantage_over_v"]
     assert (found - known[place, (~right).long()]).abs().max() < 0.02
 
 
 def test_qc_with_chunks_of_1_has_the_single_step_targets():
     """`r + gamma (1 - terminated) Q_target(s', the best of N actions by Q)`, from the raw arrays of the episodes."""
     episodes = chain(count=20)
-    agent = make("qc", episodes, 10)
-    windows = agent.windows(episodes)
-    batch = agent.normalizer.encode(windows.gather(torch.arange(len(windows))))
-    for parameter in agent.critics.target.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    noise = agent.actor.noise(len(windows), torch.Generator().manual_seed(0), times=8)
+    agent = make("qc", episodes, 10, backup_samples=5)  # to act, 8
+    batch = everything(agent, episodes)
+    for part in (agent.critics.target, agent.actor.model):  # the current actor, not the average
+        shake(part)
+    noise = agent.actor.noise(len(batch.action), torch.Generator().manual_seed(0), times=5)
     agent.generator.manual_seed(0)
     y = agent.critics.targets(batch, agent.next_value(batch.next_obs))
     row = 0
     for episode in (episodes[i] for i in range(len(episodes))):
         for step in range(len(episode)):
-            cond = torch.from_numpy(episode.obs["obs"][step + 1])[None].expand(8, -1)
+            cond = torch.from_numpy(episode.obs["obs"][step + 1])[None].expand(5, -1)
             with torch.no_grad():
                 actions = agent.actor.planner(cond, noise[None, :, row])
                 best = agent.critics.critic.value(cond, actions).argmax()
@@ -204,7 +205,7 @@ def test_qc_with_chunks_of_1_has_the_single_step_targets():
             over = episode.terminated and step + 1 == len(episode)
             assert float(y[row]) == pytest.approx(episode.reward[step] + GAMMA * (not over) * float(value), abs=1e-5)
             row += 1
-    assert row == len(windows)
+    assert row == len(batch.action)
 
 
 @pytest.mark.parametrize("name", ["dql", "edp", "fql"])

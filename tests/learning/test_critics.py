@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from agent_cases import say
+from worlds import two_episodes
 
-from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.data.episodes import Episodes
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
@@ -23,18 +25,6 @@ from diffpolicy.learning.implicit import expectile_loss
 from diffpolicy.parts import CriticConfig, make_critic
 
 GAMMA = 0.9
-
-
-def two_episodes(has_final: bool = True, mask: list[bool] | None = None) -> Episodes:
-    """Rewards 1 2 3 4 and a true end; 5 6 7 8 and a time limit."""
-
-    def episode(rewards: list[float], terminated: bool, has_final: bool) -> Episode:
-        obs = {"obs": np.array([*rewards, 0.0], np.float32)[:, None]}
-        action = np.array(rewards, np.float32)[:, None]
-        info = {} if mask is None else {"mask": np.array(mask)}
-        return Episode(obs, action, np.array(rewards, np.float32), terminated, not terminated, info, has_final)
-
-    return from_list([episode([1.0, 2.0, 3.0, 4.0], True, True), episode([5.0, 6.0, 7.0, 8.0], False, has_final)])
 
 
 def batch_of(episodes: Episodes, chunk: int, gamma: float = GAMMA):
@@ -95,6 +85,13 @@ def test_chunks_that_do_not_count_have_no_effect_on_the_loss():
     assert critics.loss(q, y, weight).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(("name", "value"), [("min", 1.0), ("mean", 2.5), ("lower_bound", -0.5)])
+def test_members_4_and_1_say_together_what_the_name_says(name, value):
+    spec, _ = batch_of(two_episodes(), chunk=2)
+    critic = make_critic(CriticConfig((8,), aggregate=name, rho=2.0), spec, Normalizer.fit(two_episodes()))
+    assert critic.aggregate(torch.tensor([[4.0], [1.0]])).item() == pytest.approx(value)
+
+
 @pytest.mark.parametrize("tau", [0.5, 0.7, 0.9])
 def test_the_expectile_of_0_and_1_is_tau(tau):
     v = torch.zeros(1, requires_grad=True)
@@ -143,6 +140,32 @@ def test_a_critic_that_diverges_is_one_sentence_that_says_what_to_do():
             critics.check(200)
 
 
+def test_values_that_leave_on_both_sides_diverge_too():
+    spec, batch = batch_of(two_episodes(), chunk=2)
+    critics = critics_for(two_episodes(), spec)
+    critics.update(batch, 1e5 * torch.tensor([1.0, -1, 0, 0, 1, -1, 0, 0]))  # ended chunks have none
+    with pytest.raises(TrainingError, match="diverged"):
+        critics.check(1)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_resumed_run_knows_the_largest_reward_of_either_sign(sign):
+    spec, batch = batch_of(two_episodes(), chunk=2)
+    critics, resumed = critics_for(two_episodes(), spec), critics_for(two_episodes(), spec)
+    critics.update(replace(batch, reward=sign * batch.reward), torch.zeros(8))
+    resumed.load_state_dict(critics.state_dict())
+    assert float(resumed.largest_reward) == float(critics.largest_reward) == pytest.approx(7 + 0.9 * 8)
+
+
+def test_the_gradient_is_clipped_where_the_settings_say_so():
+    spec, batch = batch_of(two_episodes(), chunk=2)
+    for limit in (None, 0.01):
+        critics = critics_for(two_episodes(), spec, grad_clip=limit)
+        critics.update(batch, torch.full((8,), 100.0))
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in critics.critic.parameters()]))
+        assert norm > 1 if limit is None else norm == pytest.approx(limit, rel=1e-3)
+
+
 def test_small_rewards_allow_small_values():
     """Chunks of at most 0.142 (7 and 0.9 times 8, in hundredths) return 0.747 at most; ten times that and 10: 17.5."""
     episodes = two_episodes()
@@ -160,9 +183,7 @@ def test_statistics_of_known_values_are_their_means_and_quantiles():
     episodes = two_episodes()
     spec, batch = batch_of(episodes, chunk=2)
     critics = critics_for(episodes, spec)
-    for parameter in critics.target.parameters():
-        torch.nn.init.zeros_(parameter)
-    critics.target.body[-1].bias.data.copy_(torch.tensor([3.0, 5.0])[:, None, None])
+    say(critics.target, 3.0, 5.0)
     found = critics.statistics(batch, batch.action)
     assert found.pop("advantage").tolist() == [0.0] * 8
     assert found == pytest.approx(
@@ -182,9 +203,7 @@ def test_critics_that_say_7_of_chunks_that_return_2_8_to_6_6_overestimate_by_the
     episodes = two_episodes().select([0])
     spec, _ = batch_of(episodes, chunk=2)
     critics = critics_for(episodes, spec)
-    for parameter in critics.target.parameters():
-        torch.nn.init.zeros_(parameter)
-    critics.target.body[-1].bias.data.fill_(7.0)
+    say(critics.target, 7.0)
     found = critics.overestimation(episodes, 2, Normalizer.fit(episodes, {"obs": "none"}))
     followed = (1 + GAMMA * (2 + GAMMA * (3 + GAMMA * 4)) + 3 + GAMMA * 4) / 2
     assert found == pytest.approx({"overestimation": 7 - followed, "monte_carlo": followed})
@@ -196,9 +215,7 @@ def test_behind_a_time_limit_the_last_whole_chunk_says_what_would_have_followed(
     episodes = two_episodes().select([1])
     spec, _ = batch_of(episodes, chunk=2)
     critics = critics_for(episodes, spec, gamma=gamma)
-    for parameter in critics.target.parameters():
-        torch.nn.init.zeros_(parameter)
-    critics.target.body[-1].bias.data.fill_(7.0)
+    say(critics.target, 7.0)
     found = critics.overestimation(episodes, 1, Normalizer.fit(episodes, {"obs": "none"}))
     if gamma == 0.99:
         assert found == {}
@@ -212,9 +229,7 @@ def test_where_a_mask_ends_the_task_in_the_last_chunk_nothing_is_estimated():
     episodes = two_episodes(mask=[True, True, True, False]).select([1])
     spec, _ = batch_of(episodes, chunk=2)
     critics = critics_for(episodes, spec, gamma=0.7)
-    for parameter in critics.target.parameters():
-        torch.nn.init.zeros_(parameter)
-    critics.target.body[-1].bias.data.fill_(7.0)
+    say(critics.target, 7.0)
     found = critics.overestimation(episodes, 1, Normalizer.fit(episodes, {"obs": "none"}))
     followed = np.mean([5 + 0.7 * (6 + 0.7 * (7 + 0.7 * 8)), 6 + 0.7 * (7 + 0.7 * 8), 7 + 0.7 * 8])
     assert found == pytest.approx({"overestimation": 7 - followed, "monte_carlo": followed})
