@@ -5,12 +5,15 @@ import json
 import h5py
 import numpy as np
 import pytest
+from agent_cases import make
+from worlds import bandit
 
 from diffpolicy.agents.bc import Bc
 from diffpolicy.cli import main
-from diffpolicy.cli.evaluate import film
+from diffpolicy.cli.evaluate import EvaluateArgs, _acting, film
 from diffpolicy.data import store
 from diffpolicy.data.episodes import Episodes
+from diffpolicy.parts import SelectionConfig
 from diffpolicy.policy import Policy
 from diffpolicy.tasks import Task
 
@@ -266,3 +269,11 @@ def test_a_mixture_converts_trains_and_resumes_by_its_names(tmp_path, capsys):
     assert main(argv) == 0
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4]
+
+
+def test_zeros_are_choices_as_others_are(tmp_path):
+    agent = make("diffuser", bandit(count=4), 1, selection=SelectionConfig(4, temperature=2.0))
+    zeros = EvaluateArgs(tmp_path, noise_temperature=0.0, temperature=0.0, guidance_weight=0.0)
+    acting = _acting(agent.policy(), zeros).acting
+    assert acting["sampler"]["temperature"] == acting["selection"]["temperature"] == acting["guidance"]["weight"] == 0
+    assert acting["selection"]["samples"] == 4
