@@ -17,11 +17,12 @@ def name_observations(spec: Spec, obs: Obs) -> tuple[dict[str, np.ndarray], bool
     """Name, check and batch an observation; also return whether it came as a batch.
 
     Raises:
-        PolicyError: if a name is missing, a shape differs from the policy's, or a number is not finite.
+        PolicyError: if a name is missing, a shape differs from the policy's, names differ in their number of rows, or a
+            number is not finite.
     """
     given = dict(obs) if isinstance(obs, Mapping) else {BOX_NAME: obs}
     arrays: dict[str, np.ndarray] = {}
-    batched = True
+    rows: dict[str, int | None] = {}
     for name, shape in spec.obs_shapes.items():
         if name not in given:
             raise PolicyError(f"the observation has {sorted(given)}; the policy needs {sorted(spec.obs_shapes)}")
@@ -35,7 +36,11 @@ def name_observations(spec: Spec, obs: Obs) -> tuple[dict[str, np.ndarray], bool
                 f"observation {name!r} holds a number that is not finite; check the sensor or environment"
             )
         arrays[name] = array if batched else array[None]
-    return arrays, batched
+        rows[name] = len(array) if batched else None
+    if len(set(rows.values())) > 1:
+        told = ", ".join(f"{name!r} of {'one' if n is None else f'a batch of {n}'}" for name, n in rows.items())
+        raise PolicyError(f"the observation has {told}; give every part of the same environments")
+    return arrays, None not in rows.values()
 
 
 def check_spaces(spec: Spec, observation: gymnasium.Space, action: gymnasium.Space) -> None:

@@ -201,11 +201,14 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Comparison]:
     """Compare two `report.json` pair by pair: bootstrap interval of the mean difference over the same seeds.
 
     Raises:
-        DatasetError: if environment, arguments or seeds differ.
+        DatasetError: if environment, arguments or seeds differ, or what success or the score is.
     """
     for key in ("env_id", "env_kwargs", "seeds"):
         if a[key] != b[key]:
             raise DatasetError(f"the reports differ in {key}: {a[key]} and {b[key]}; evaluate both on the same seeds")
+    for (name, one), other in zip(_meanings(a).items(), _meanings(b).values(), strict=True):
+        if one and other and one != other:
+            raise DatasetError(f"the reports differ in what {name} is: {one} and {other}; evaluate both as one task")
     pairs = {
         name: np.array([x, b["by_episode"].get(name)], dtype=np.float64)
         for name, x in a["by_episode"].items()
@@ -217,3 +220,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Comparison]:
         for name, (x, y) in known.items()
         if len(x)
     ]
+
+
+def _meanings(report: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return what success and the score of a `report.json` are; None where it has none."""
+    return {"success": report.get("success_rule"), "the score": (report.get("score") or {}).get("kind")}

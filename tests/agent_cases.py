@@ -65,6 +65,12 @@ def make(
     return agent(spec, normalizer, replace(config, **changes), steps, "cpu", 0)
 
 
+def small_bc(episodes: Episodes, steps: int = 4, seed: int = 0, **settings: object) -> Bc:
+    """Imitation by a small network, of chunks of 4 of which 2 are executed."""
+    spec = Spec.from_episodes(episodes, horizon=4, n_obs_steps=1, n_action_steps=2)
+    return Bc(spec, Normalizer.fit(episodes), BcConfig(replace(MLP, hidden_dim=16), **settings), steps, "cpu", seed)
+
+
 def everything(agent: Agent, episodes: Episodes) -> Batch:
     """All windows of the agent's, encoded."""
     windows = agent.windows(episodes)

@@ -7,8 +7,8 @@ import pytest
 
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.errors import DiffPolicyError
-from diffpolicy.evaluate import evaluate, outcomes
-from diffpolicy.report import bootstrap, compare, wilson
+from diffpolicy.evaluate import evaluate, outcomes, summarise
+from diffpolicy.report import Execution, bootstrap, compare, wilson
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,15 @@ def test_reports_of_other_seeds_are_not_compared():
         compare(report(a), report(a, seeds=[5, 7]))
 
 
+def test_reports_of_other_successes_or_scores_are_not_compared():
+    a = report(np.zeros(3), success_rule="ever", score={"kind": "max_reward"})
+    for changes in ({"success_rule": "at the end"}, {"score": {"kind": "d4rl"}}):
+        with pytest.raises(DiffPolicyError, match=r"differ in what .* is: .* evaluate both as one task"):
+            compare(a, {**a, **changes})
+    for unknown in ({"success_rule": None}, {"score": None}):
+        assert compare(a, {**a, **unknown})
+
+
 class Zero:
     """Always the action 0."""
 
@@ -108,3 +117,40 @@ def test_differences_of_fewer_than_6_pairs_are_not_decided_and_one_has_no_interv
         (row,) = compare(report(np.zeros(n)), report(np.ones(n)))
         assert words in str(row)
     assert "[" not in str(compare(report(np.zeros(1)), report(np.ones(1)))[0])
+
+
+def test_a_worse_policy_is_a_decided_difference_as_a_better_one_is():
+    a, b = report(np.zeros(6)), report(np.ones(6))
+    for first, second in ((a, b), (b, a)):
+        (row,) = compare(first, second)
+        assert "no decided" not in str(row) and str(row).endswith("a difference")
+
+
+def test_a_summary_counts_successes_scores_and_lengths_each_by_its_own():
+    """Three episodes of 1, 2 and 6 steps; one succeeds, and its name is is_success."""
+
+    def one(reward, success):
+        n = len(reward)
+        return Episode(
+            {"obs": np.zeros((n + 1, 1), np.float32)},
+            np.zeros((n, 1), np.float32),
+            np.array(reward, np.float32),
+            False,
+            True,
+            {"is_success": np.array(success, np.float32)},
+        )
+
+    episodes = from_list(
+        [one([0.5], [0]), one([0.25, 0.25], [1, 0]), one([0.1] * 6, [0] * 6)],
+        {"env_id": "E", "env_kwargs": {}, "seed": 7},
+    )
+    found = summarise(Zero(), episodes, {}, score="max_reward")
+    assert found.success == wilson(1, 3) and found.success_rule == "info['is_success'] at any step"
+    assert found.score.value == pytest.approx((0.5 + 0.25 + 0.1) / 3) and found.score_kind == "max_reward"
+    assert found.returns.value == pytest.approx((0.5 + 0.5 + 0.6) / 3) and found.length == 3.0
+    assert found.by_episode["success"] == [0.0, 1.0, 0.0] and found.seeds == (7, 9)
+
+
+def test_jumps_of_episodes_without_a_border_do_not_count():
+    found = Execution("switch", 1, {"p50": 1, "max": 1}, np.array([0.4, np.nan, 0.2]))
+    assert found.jump.value == pytest.approx(0.3)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -369,3 +370,79 @@ def test_a_policy_is_sampled_only_as_it_was_trained_and_never_in_one_step_of_a_n
     (tmp_path / "policy.json").write_text(json.dumps(description))
     with pytest.raises(PolicyError, match="take 2 steps or more"):
         Policy.load(tmp_path)
+
+
+def arguments(policy, n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    history = {k: torch.randn(n, 2, d, generator=g) for k, d in (("pose", 3), ("goal", 2))}
+    return history, policy.draw(n, g)
+
+
+def test_the_noise_of_a_plan_is_that_of_seed_episode_and_plan_with_episodes_numbered_over_all_environments():
+    """Environment 1 of 3 begins its second episode: the fourth after 0 to 3 is number 4."""
+    policy, rng, state = make_policy(seed=3), np.random.default_rng(0), None
+    for start in ([True] * 3, [False, True, False]):
+        state, _ = policy.observe(observe(rng, 3), state, np.array(start))
+    _, noise = policy.wanted(state, np.array([0, 1]))
+    for found, episode in zip(noise.swapaxes(0, 1), (0, 4), strict=True):
+        wanted = np.random.default_rng([3, episode, 0]).standard_normal((1, 8, 2), dtype=np.float32)
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_every_other_way_of_acting_keeps_the_seed():
+    policy = make_policy(seed=3, choice=SelectionConfig(2), guidance=ValueGuidance(20.0, 0.3))
+    for other in (policy.with_sampler(steps=3), policy.with_selection(SelectionConfig(1)), policy.with_guidance(1.0)):
+        assert other.seed == 3
+
+
+def test_a_prefix_of_no_weight_leaves_the_plan_of_a_guided_policy_as_it_is():
+    for guidance in (ClassifierFreeGuidance(2.0, 0.7), ValueGuidance(20.0, 0.3)):
+        policy = make_policy(choice=SelectionConfig(1), guidance=guidance)
+        history, noise = arguments(policy, 2)
+        prefix = Prefix(torch.full((2, 8, 2), 1.5), torch.zeros(8), Pinned)
+        torch.testing.assert_close(policy.plan(history, noise, prefix), policy.plan(history, noise), rtol=0, atol=1e-5)
+
+
+def test_each_row_is_pinned_to_its_own_prefix_where_a_policy_chooses_among_samples():
+    policy = make_policy(choice=SelectionConfig(2))
+    history, noise = arguments(policy, 3)
+    values, ends = torch.tensor([1.5, -0.5, 0.5]), torch.tensor([3, 5, 2])
+    weights = (torch.arange(8) < ends[:, None]).float()
+    chunk = policy.plan(history, noise, Prefix(values.view(3, 1, 1).expand(3, 8, 2), weights, Pinned))
+    for row, value, end in zip(chunk, values, ends, strict=True):
+        pinned = ((row - value).abs() < 1e-5).all(1)
+        assert pinned.tolist() == [k < end for k in range(8)]
+
+
+def test_a_new_weight_keeps_the_goal_and_where_guidance_ends():
+    assert ClassifierFreeGuidance(2.0, 0.7).changed(3.0, None) == ClassifierFreeGuidance(3.0, 0.7)
+    assert ClassifierFreeGuidance(2.0, 0.7).changed(None, 0.5) == ClassifierFreeGuidance(2.0, 0.5)
+    assert ValueGuidance(20.0, 0.3).changed(2.0, None) == ValueGuidance(2.0, 0.3)
+
+
+def test_every_setting_of_a_policy_comes_back_from_its_files(tmp_path):
+    policy = make_policy(seed=7, choice=SelectionConfig(5, 0.5), guidance=ValueGuidance(20.0, 0.3))
+    policy = policy.with_sampler(sampler="ddim", steps=3, eta=0.5, temperature=0.25)
+    loaded = Policy.load(policy.save(tmp_path))
+    assert loaded.acting == policy.acting and loaded.seed == 7
+    assert loaded.sampler_config == SamplerConfig("ddim", 3, 0.5, 0.25)
+    assert (loaded.spec, loaded.denoiser_config) == (policy.spec, policy.denoiser_config)
+    assert loaded.selection.critic_config == policy.selection.critic_config
+
+
+def test_a_policy_trained_without_clipping_is_not_clipped():
+    made = make_policy()
+    config = replace(made.denoiser_config, clip=None)
+    free = Policy(made.spec, made.normalizer, made.encoder, made.denoiser, config, made.sampler_config)
+    history, noise = arguments(made, 5)
+    (low, high), chunk = (
+        (getattr(made.normalizer["action"], n) for n in ("minimum", "maximum")),
+        free.plan(history, 9 * noise),
+    )
+    assert bool(((chunk < low - 0.1) | (chunk > high + 0.1)).any())
+
+
+@pytest.mark.parametrize(("pose", "goal"), [((4, 3), (2, 2)), ((3,), (1, 2))])
+def test_parts_of_an_observation_that_differ_in_their_number_of_rows_are_refused(pose, goal):
+    with pytest.raises(PolicyError, match=r"'pose' of .*, 'goal' of .*; give every part of the same environments"):
+        make_policy().predict({"pose": np.zeros(pose), "goal": np.zeros(goal)}, None)

@@ -1,7 +1,7 @@
 """Rollout: every recorded step is a true one, whoever resets the environments and however many there are."""
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -13,7 +13,8 @@ from test_policy import make_policy
 
 from diffpolicy.data.episodes import Episodes
 from diffpolicy.errors import DiffPolicyError
-from diffpolicy.rollout import make_env, make_envs, rollout
+from diffpolicy.evaluate import summarise
+from diffpolicy.rollout import make_env, make_envs, record, rollout
 
 
 class Line(gymnasium.Env):
@@ -149,9 +150,12 @@ def test_stable_baselines3_evaluate_policy_sees_the_actions_of_our_rollout(n):
     np.testing.assert_allclose(sorted(theirs), sorted(ours), atol=1e-3)
 
 
-def test_a_policy_plays_the_same_with_1_or_5_environments():
-    returns = [rollout(make_policy(), make_envs("Named-v0", n), 5, seed=0).returns for n in (1, 5)]
-    np.testing.assert_allclose(*returns, atol=1e-3)
+def test_a_policy_plays_5_episodes_the_same_in_1_2_and_5_environments():
+    """In two, environments play several episodes each."""
+    one, two, five = (rollout(make_policy(), make_envs("Named-v0", n), 5, seed=0).returns for n in (1, 2, 5))
+    assert len(set(np.round(one, 3))) == 5
+    np.testing.assert_allclose(two, one, atol=1e-3)
+    np.testing.assert_allclose(five, one, atol=1e-3)
 
 
 def test_an_unknown_environment_and_a_discrete_one_are_refused_in_one_sentence():
@@ -159,3 +163,54 @@ def test_an_unknown_environment_and_a_discrete_one_are_refused_in_one_sentence()
         with pytest.raises(DiffPolicyError, match=words) as error:
             make_env(name)
         assert "\n" not in str(error.value)
+
+
+class Told:
+    """Notes what it is told of each step."""
+
+    def __init__(self):
+        self.told = []
+
+    def predict(self, obs, state=None, episode_start=None, deterministic=True):
+        self.told.append((np.array(episode_start).tolist(), deterministic, state))
+        return np.zeros((1,) if np.ndim(obs) == 1 else (len(obs), 1), np.float32), len(self.told)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_an_actor_is_told_whether_to_be_deterministic(deterministic):
+    actor = Told()
+    rollout(actor, make_envs("Line-v0", 2), 3, seed=0, deterministic=deterministic)
+    assert {told for _, told, _ in actor.told} == {deterministic}
+
+
+def test_a_film_is_of_one_episode_of_its_seed_that_starts_once():
+    class Film(Line):
+        metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 7}
+
+        def __init__(self, render_mode=None):
+            self.render_mode = render_mode
+
+        def render(self):
+            return np.full((2, 2, 3), self.step_number, np.uint8)
+
+    gymnasium.register("Film-v0", entry_point=Film)
+    for seed in (3, 4, 5, 6):
+        actor, line = Told(), Line()
+        line.reset(seed=seed)
+        frames, rate = record(actor, "Film-v0", None, seed)
+        assert [int(frame.max()) for frame in frames] == list(range(line.end + 1)) and rate == 7
+        assert [start for start, _, _ in actor.told] == [[True]] + [[False]] * (line.end - 1)
+        assert [state for _, _, state in actor.told] == [None, *range(1, line.end)]
+
+
+def test_an_environments_arguments_reach_it():
+    """MountainCarContinuous with a goal velocity; its attribute says so."""
+    (velocity,) = make_envs("MountainCarContinuous-v0", 1, {"goal_velocity": 0.5}).get_attr("goal_velocity")
+    assert velocity == 0.5
+
+
+def test_a_report_says_how_often_the_network_is_asked():
+    """Heun asks twice a step but for the last."""
+    policy = make_policy().with_sampler(sampler="heun", steps=3)
+    episodes = rollout(policy, make_envs("Named-v0", 1), 1, seed=0)
+    assert summarise(policy, episodes, {}).nfe == policy.planner.evaluations == 5

@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from agent_cases import small_bc
 
+from diffpolicy import runs
 from diffpolicy.agents.bc import Bc, BcConfig
 from diffpolicy.compiler import why_no_compiler
-from diffpolicy.data.episodes import Episode, Episodes, from_list
+from diffpolicy.data.episodes import Episode, Episodes, from_list, split
 from diffpolicy.data.normalizer import Normalizer
-from diffpolicy.data.order import Order
+from diffpolicy.data.order import Order, WeightedOrder
 from diffpolicy.data.spec import Spec
 from diffpolicy.data.windows import Windows
 from diffpolicy.errors import DatasetError, PolicyError, SpecError, TrainingError
@@ -19,7 +21,7 @@ from diffpolicy.learning.descent import clip_gradient
 from diffpolicy.nets.norm import GroupNormMish
 from diffpolicy.parts import DenoiserConfig, SamplerConfig
 from diffpolicy.policy import Policy
-from diffpolicy.train import TrainConfig, fit, train
+from diffpolicy.train import TrainConfig, evaluate_meanwhile, fit, train, validate
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TINY = DenoiserConfig(down_dims=(16, 32), kernel_size=3, step_embed_dim=16)
@@ -278,3 +280,146 @@ def test_learning_rate_warms_up_to_its_peak_and_ends_at_zero():
     assert [agent.learning_rate(s) for s in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1.0, 1.0])
     assert agent.learning_rate(550) == pytest.approx(0.5)
     assert agent.learning_rate(1000) == pytest.approx(0.0)
+
+
+def marked(count=10, steps=4):
+    """Episode i has only the action i."""
+    return from_list(
+        [
+            Episode(
+                {"obs": np.random.default_rng(i).uniform(-1, 1, (steps + 1, 2)).astype(np.float32)},
+                np.full((steps, 1), i, np.float32),
+                np.zeros(steps, np.float32),
+                False,
+                True,
+            )
+            for i in range(count)
+        ]
+    )
+
+
+def test_training_never_sees_a_held_out_episode_and_validation_sees_no_other(tmp_path):
+    episodes = marked()
+    agent, seen = small_bc(episodes, steps=30), {"trained": set(), "validated": set()}
+    action = agent.normalizer["action"]
+
+    def note(name, batch):
+        return seen[name].update(action.decode(batch.action)[..., 0].round().int().unique().tolist())
+
+    update, loss, looked = agent.update, agent.validation_loss, []
+    agent.hindsight = lambda played, data, every: (
+        looked.append((set(played.action[:, 0].tolist()), len(data), every)) or {}
+    )
+    agent.update = lambda batch: (note("trained", batch), update(batch))[1]
+    agent.validation_loss = lambda batch: (note("validated", batch), loss(batch))[1]
+    config = TrainConfig(30, batch_size=16, validation_fraction=0.3, validate_every=30, checkpoint_every=30, seed=4)
+    list(train(agent, episodes, config, tmp_path, {}))
+    kept, held_out = (set(part.tolist()) for part in split(episodes, 0.3, 4))
+    assert seen == {"trained": kept, "validated": held_out} and len(held_out) == 3
+    assert looked == [(held_out, 10, 1)]
+
+
+def test_the_order_of_a_run_is_that_of_its_seed():
+    episodes, taken = make_episodes(), {}
+    for seed in (0, 1):
+        agent = small_bc(episodes)
+        windows = agent.windows(episodes)
+        gather, taken[seed] = windows.gather, []
+        windows.gather = lambda index, seed=seed, gather=gather: (taken[seed].append(index), gather(index))[1]
+        list(fit(agent, windows, TrainConfig(4, batch_size=8, seed=seed)))
+        wanted = Order(len(windows), 8, seed)
+        assert all(torch.equal(index, wanted(step)) for step, index in enumerate(taken[seed]))
+    assert not torch.equal(taken[0][0], taken[1][0])
+
+
+def test_the_epochs_of_neighbouring_seeds_are_not_each_others():
+    """Seed 1 does not begin with the second epoch of seed 0."""
+    assert not torch.equal(Order(50, 50, 0)(1), Order(50, 50, 1)(0))
+
+
+def test_windows_of_a_weight_are_drawn_by_it_in_a_run():
+    episodes = replace(marked(4), weight=np.array([0.0, 0.0, 1.0, 0.0]))
+    agent, seen = small_bc(episodes, 5), []
+    update = agent.update
+    agent.update = lambda batch: (seen.append(agent.normalizer["action"].decode(batch.action)), update(batch))[1]
+    list(fit(agent, agent.windows(episodes), TrainConfig(5, batch_size=16)))
+    assert (torch.cat(seen) - 2).abs().max() < 1e-4
+
+
+def test_a_weighted_order_draws_by_windows_anew_at_each_step_and_seed():
+    """Episodes of 1 and 3 windows of weights 3 and 1 are drawn as often, and the windows of one alike."""
+    rows = [Episode({"obs": np.zeros((n + 1, 1))}, np.zeros((n, 1)), np.zeros(n), True, False) for n in (1, 3)]
+    windows = Windows(replace(from_list(rows), weight=np.array([3.0, 1.0])), Spec({"obs": (1,)}, 1, 1, 1, 1))
+    order = WeightedOrder(windows, 4000, 0)
+    share = np.bincount(order(0), minlength=4) / 4000
+    np.testing.assert_allclose(share, [1 / 2, 1 / 6, 1 / 6, 1 / 6], atol=0.04)
+    assert not torch.equal(order(0), order(1)) and not torch.equal(order(0), WeightedOrder(windows, 4000, 1)(0))
+    assert torch.equal(order(1), WeightedOrder(windows, 4000, 0)(1))
+
+
+def test_the_weight_of_windows_is_their_own_episodes_where_some_are_left_out():
+    episodes = replace(marked(4), weight=np.array([1.0, 2.0, 3.0, 4.0]))
+    windows = Windows(episodes, small_bc(episodes).spec, only=np.array([1, 3]))
+    assert windows.weight.tolist() == [2.0, 4.0]
+    assert windows.rows.tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
+
+
+def test_validations_action_error_is_of_real_actions_alone():
+    """Plans are wrong by 0.25 at the first action, by 0.5 at the second, and by 0.5 wherever the chunk is padded."""
+    episodes = make_episodes(count=1, steps=6)
+    agent = small_bc(episodes)
+    windows = agent.windows(episodes)
+    batch = windows.gather(torch.arange(6))
+    policy, scale = agent.policy(), agent.normalizer["action"].scale
+    wrong = torch.where(batch.valid, 0.0, 0.5)
+    wrong[:, 0] += 0.25
+    wrong[:, 1] += torch.where(batch.valid[:, 1], 0.5, 0.0)
+
+    class Stub:
+        normalizer = policy.normalizer
+        draw = staticmethod(policy.draw)
+        plan = staticmethod(lambda obs, noise: batch.action + wrong[..., None] / scale)
+
+    agent.policy = lambda: Stub
+    metrics, _, _ = validate(agent, windows)
+    assert metrics["validation/action_error"] == pytest.approx((6 * 0.25 + 5 * 0.5) / 18, rel=1e-4)
+    assert [metrics[f"validation/action_error_by_index/{k:02d}"] for k in range(4)] == pytest.approx(
+        [0.25, 0.5, 0, 0], abs=1e-5
+    )
+
+
+def test_episodes_played_meanwhile_succeed_if_they_ever_did():
+    def one(reward, success):
+        return Episode(
+            {"obs": np.zeros((4, 2), np.float32)},
+            np.zeros((3, 2), np.float32),
+            np.array(reward, np.float32),
+            False,
+            True,
+            {"success": np.array(success, np.float32)},
+        )
+
+    played = from_list([one([1, 2, 3], [0, 1, 0]), one([1, 1, 1], [0, 0, 0])])
+    found = evaluate_meanwhile(small_bc(make_episodes()), played, make_episodes())
+    assert found == {"evaluation/return": 4.5, "evaluation/length": 3.0, "evaluation/success": 0.5}
+
+
+def test_more_successes_are_better_than_a_higher_return_and_equals_keep_the_first(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    agent, kept = small_bc(make_episodes()), []
+    for step, (success, value) in enumerate([(0.5, 9.0), (0.6, 1.0), (0.5, 99.0), (0.6, 1.0), (0.6, 2.0)]):
+        runs.keep_best(agent, tmp_path, step, {"evaluation/success": success, "evaluation/return": value})
+        kept.append(json.loads((tmp_path / "best" / "evaluation.json").read_text())["step"])
+    assert kept == [0, 1, 1, 1, 4]
+
+
+@pytest.mark.parametrize(("step", "there"), [(19, False), (20, True), (21, True)])
+def test_a_best_policy_from_beyond_the_checkpoint_is_forgotten_and_no_other(tmp_path, step, there):
+    (tmp_path / "config.json").write_text("{}")
+    runs.keep_best(small_bc(make_episodes()), tmp_path, 20, {"evaluation/return": 1.0})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n{"step": 30}\n{"ste')
+    runs.forget_after(tmp_path, step)
+    assert (tmp_path / "best").exists() == there
+    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [10, 20][
+        : 1 + there
+    ]

@@ -17,6 +17,7 @@ from diffpolicy.control.limits import Limiter, Limits
 from diffpolicy.control.plans import Ask, plan_chunks
 from diffpolicy.control.report import Counts, Range, Report
 from diffpolicy.control.strategies import Chunk, reach
+from diffpolicy.errors import PolicyError
 from diffpolicy.observations import Obs, name_observations
 
 if TYPE_CHECKING:
@@ -159,6 +160,9 @@ class Loop:
             if stamped is None or not self._is_new(stamped):
                 return self._append({name: rows[-1] for name, rows in self._history.items()})
             named, _ = name_observations(self.spec, stamped.obs)
+            if any(len(array) != 1 for array in named.values()):
+                many = max(map(len, named.values()))
+                raise PolicyError(f"it has {many} rows; give the newest alone, the history is kept here")
         except Exception as error:
             return self.fail("the observation is not the policy's", error)
         rows = {name: array[0] for name, array in named.items()}

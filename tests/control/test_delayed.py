@@ -21,8 +21,10 @@ from diffpolicy.data.spec import Spec
 from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, Trained
 from diffpolicy.diffusion.prefix import hard
 from diffpolicy.errors import ControlError, SpecError
+from diffpolicy.evaluate import summarise
 from diffpolicy.parts import DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
 from diffpolicy.policy import Policy
+from diffpolicy.report import Execution
 
 SPEC = Spec({"obs": (3,)}, action_dim=2, horizon=12, n_obs_steps=2, n_action_steps=4)
 STRATEGIES = {
@@ -227,3 +229,62 @@ def test_an_environment_without_score_or_success_has_no_cell():
     report, _ = evaluate_late(pendulum_policy(), Trial("switch", Switch(), 1), world, {})
     with pytest.raises(SpecError, match="neither success nor score"):
         cell_of(report, Trial("switch", Switch(), 1), world, "a")
+
+
+def seeded(seed):
+    p = POLICY
+    return Policy(p.spec, p.normalizer, p.encoder, p.denoiser, p.denoiser_config, p.sampler_config, seed)
+
+
+def test_late_plans_have_the_noise_of_the_policys_seed():
+    np.testing.assert_array_equal(played(Delayed(seeded(5)), 10), played(seeded(5), 10))
+    assert not np.array_equal(played(Delayed(seeded(5)), 10), played(Delayed(seeded(6)), 10))
+
+
+def test_late_plans_are_drawn_afresh_where_they_are_not_to_be_deterministic():
+    obs = np.zeros((2, 3), np.float32)
+    assert not np.array_equal(*(Delayed(POLICY).predict(obs, deterministic=False)[0] for _ in range(2)))
+    np.testing.assert_array_equal(*(Delayed(POLICY).predict(obs)[0] for _ in range(2)))
+
+
+def test_delays_that_are_reported_leave_out_the_first_chunk_of_each_episode():
+    borders = Borders({0: [(0, 0, 0), (4, 3, 0), (8, 5, 0)], 1: [(0, 0, 0), (9, 4, 0)]})
+    episodes = from_list([Episode({"obs": np.zeros((3, 1))}, np.zeros((2, 1)), np.zeros(2), False, True)] * 2)
+    assert borders.delays(episodes) == {"p50": 4.0, "max": 5.0}
+
+
+def test_an_action_that_never_moved_has_the_range_1():
+    action = np.stack([np.zeros(4), np.arange(4)], 1).astype(np.float32)
+    normalizer = Normalizer.fit(
+        from_list([Episode({"obs": np.zeros((5, 1), np.float32)}, action, np.zeros(4, np.float32), False, True)])
+    )
+    policy = type("P", (), {"normalizer": normalizer})
+    np.testing.assert_array_equal(action_range(policy), [1.0, 3.0])
+
+
+def test_the_quality_of_a_cell_is_the_score_where_there_are_both():
+    success = {"success": np.array([0, 1], np.float32)}
+    reward = np.array([0.0, 0.25], np.float32)
+    one = Episode({"obs": np.zeros((3, 3), np.float32)}, np.zeros((2, 2), np.float32), reward, False, True, success)
+    episodes = from_list([one] * 3, {"env_id": "E", "env_kwargs": {}, "seed": 0})
+    execution = Execution("switch", 1, {"p50": 1, "max": 1}, np.array([0.1] * 3))
+    for score, wanted in (("max_reward", ("score", 0.25)), (None, ("success", 1.0))):
+        report = summarise(POLICY, episodes, {}, score=score, execution=execution)
+        cell = cell_of(report, Trial("switch", Switch(), 1), World("E", {}, 3, 0), "a")
+        assert (cell["kind"], cell["quality"]["value"]) == wanted
+
+
+def test_a_delay_counts_actions_and_not_the_steps_that_the_arm_rests():
+    """H = 11: asked for at action 4, there 9 steps later; the chunk had 7 more actions, then the arm rested twice."""
+    seconds, clock, calls = iter([0.05, 0.45] + [0.02] * 40), [0.0], iter(range(10**6))
+
+    def now():
+        clock[0] += next(seconds) if next(calls) % 2 else 0.0
+        return clock[0]
+
+    heard, state = [], None
+    actor = Delayed(POLICY, Switch(), rate_hz=20.0, on_chunk=lambda *told: heard.append(told), now=now)
+    for step in range(14):
+        _, state = actor.predict(responding(None, step), state)
+    assert heard == [(0, 0, 0, 0), (0, 13, 9, 2)]
+    assert state.arms[0].delays[-1] == 7

@@ -165,3 +165,29 @@ def test_a_limit_that_is_not_above_0_is_refused_by_name(name: str, bad):
 def test_low_above_high_is_refused():
     with pytest.raises(ControlError, match="low must not be above high"):
         Limits(low=1.0, high=np.array([2.0, 0.5]))
+
+
+FAST = Limits(velocity=1.0, acceleration=5.0, jerk=100.0)
+
+
+def course(limiter, target, steps=12):
+    return np.array([limiter.apply(target) for _ in range(steps)])
+
+
+@pytest.mark.parametrize("jump", [0.001, 0.003, 0.1, 0.3])
+def test_one_jump_of_the_target_is_not_a_speed(jump):
+    """After resting targets, a jump is answered as a first target is."""
+    fresh, rested = (Limiter(FAST, 1, 0.02, np.zeros(1)) for _ in range(2))
+    course(rested, np.zeros(1), 5)
+    np.testing.assert_allclose(course(rested, np.full(1, jump)), course(fresh, np.full(1, jump)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("jump", [-0.03, -0.01, 0.01])
+def test_a_brake_forgets_how_fast_the_target_moved(jump):
+    limiter = Limiter(FAST, 1, 0.02, np.zeros(1))
+    for step in range(1, 30):
+        limiter.apply(np.array([0.018 * step]))
+    while not limiter.at_rest:
+        limiter.brake()
+    fresh, target = Limiter(FAST, 1, 0.02, limiter.last), limiter.last + jump
+    np.testing.assert_allclose(course(limiter, target), course(fresh, target), rtol=0, atol=1e-7)

@@ -635,3 +635,147 @@ def test_a_job_that_never_ends_keeps_neither_the_worker_nor_the_loop():
     worker.close()
     assert time.monotonic() - began < 1.0
     release.set()
+
+
+def test_the_noise_of_a_run_is_that_of_its_seed_and_plan():
+    policy = Scripted(n_action_steps=4)
+    play(Runner(policy, HZ, warm_up=0, seed=3), 12, [0])
+    for plan, asked in enumerate(policy.asked):
+        wanted = np.random.default_rng([3, 0, plan]).standard_normal((1, 1, 16, 2), dtype=np.float32)
+        np.testing.assert_array_equal(asked.noise.numpy(), wanted)
+
+
+def test_periods_that_a_slow_write_skips_are_counted_each_and_the_grid_stays():
+    """The fifth write takes 3.2 periods: beats 5, 6 and 7 are skipped, the ninth is where it always was."""
+    clock, moments = VirtualClock(100.0), []
+
+    def write(action):
+        moments.append(clock.now())
+        clock.time += 3.2 * PERIOD if len(moments) == 5 else 0.1 * PERIOD
+
+    runner = Runner(Scripted(), HZ, warm_up=0)
+    report = runner.run(
+        lambda: np.zeros(2), write, seconds=20.5 * PERIOD, clock=clock, worker=VirtualWorker(clock, float)
+    )
+    beats = (np.array(moments) - 100.0) / PERIOD
+    # late by 2.2 periods at the deadline of beat 5: two are skipped, beat 7 comes 0.2 late
+    np.testing.assert_allclose(beats[:8], [0, 1, 2, 3, 4, 7.2, 8, 9], atol=1e-6)
+    assert report.ok and report.missed == 2
+    assert report.lateness.max() == pytest.approx(0.2 * PERIOD, rel=1e-3)
+    assert len(report.lateness) == len(moments)
+
+
+@pytest.mark.parametrize(("rate", "fits"), [(10.05, True), (9.95, True), (10.5, False), (9.5, False)])
+def test_a_rate_within_1_percent_of_the_datas_is_taken_and_5_percent_on_either_side_refused(rate, fits):
+    policy = Scripted()
+    policy.spec = replace(policy.spec, control_period=0.1)
+    if fits:
+        return Runner(policy, rate)
+    with pytest.raises(ControlError, match="run it at that rate"):
+        Runner(policy, rate)
+
+
+def test_after_the_watchdog_has_barked_nothing_more_is_written():
+    released, written, calls = threading.Event(), [], iter(range(10**6))
+
+    def read():
+        if next(calls) == 10:
+            released.wait(5)
+        return np.zeros(2)
+
+    before = []
+
+    def stop():
+        before.append(len(written))
+        released.set()
+
+    report = Runner(Scripted(), HZ, safety=Safety(Limits(velocity=1.0, acceleration=5.0)), warm_up=0).run(
+        read, written.append, start=np.ones(2), stop=stop, seconds=30
+    )
+    assert not report.ok and len(before) == 1 and 0 < before[0] == len(written)
+
+
+def test_a_clock_that_is_set_back_by_an_hour_costs_no_more_than_a_period():
+    clock = VirtualClock(3600.0)
+    metronome = Metronome(clock, PERIOD)
+    metronome.wait()
+    clock.time = 0.0
+    for beat in range(1, 4):
+        metronome.wait()
+        assert clock.now() == pytest.approx(beat * PERIOD)
+    assert metronome.missed == 0
+
+
+def test_lateness_is_how_long_after_its_deadline_a_beat_came():
+    class Oversleeping(VirtualClock):
+        def sleep_until(self, moment):
+            super().sleep_until(moment + 0.001)
+
+    metronome = Metronome(Oversleeping(), PERIOD)
+    for _ in range(5):
+        metronome.wait()
+    np.testing.assert_allclose(metronome.lateness, [0.001] * 5, rtol=1e-4)
+
+
+def test_periods_without_a_chunk_end_a_run_only_if_they_are_in_a_row():
+    """Of every 7 periods 3 are late: never 4 in a row."""
+    runner = Runner(Scripted(n_action_steps=4), HZ, safety=Safety(stop_after=4), warm_up=0)
+    played = play(runner, 100, [3])
+    assert not played.loop.ending and played.report.counts.over_budget > 30
+
+
+def test_a_stamp_from_the_future_counts_as_now_and_blinds_nobody():
+    def observe(beat, now, loop):
+        return Stamped(np.array([now, loop.counts.consumed]), now + 1000 * (beat == 3))
+
+    played = play(Runner(Scripted(n_action_steps=4), HZ, Switch(), warm_up=0), 40, [0], observe=observe)
+    assert numbers(played) == list(range(40)) and played.report.counts.late == 0
+
+
+def test_the_same_observation_again_is_none_and_nothing_is_planned_from_it():
+    """From beat 6 on the camera hangs at the frame of beat 5."""
+
+    def observe(beat, now, loop):
+        if beat <= 5:
+            observe.last = Stamped(np.array([now, loop.counts.consumed]), now)
+        return observe.last
+
+    policy = Scripted(n_action_steps=4)
+    played = play(Runner(policy, HZ, Switch(), Safety(stop_after=None), warm_up=0), 14, [0], observe=observe)
+    assert (len(policy.asked), played.report.counts.late) == (2, 8)
+
+
+def test_a_period_without_an_observation_repeats_the_last_and_plans_nothing():
+    """Actions 8 and on are due at beat 8; beats 7 to 9 see nothing, so the plan is made at beat 10 from 6, 6 and 10."""
+    policy = Scripted(n_obs_steps=3)
+
+    def observe(beat, now, loop):
+        return None if 7 <= beat <= 9 else np.array([beat, loop.counts.consumed])
+
+    played = play(Runner(policy, HZ, Switch(), warm_up=0), 12, [0], observe=observe)
+    assert [one.history[0, :, 0].tolist() for one in policy.asked] == [[0, 0, 0], [6, 6, 10]]
+    assert played.report.counts.dropped == 3
+
+
+def test_what_a_plan_is_expected_to_take_leaves_one_action_of_the_chunk():
+    """H = 15: plans of 30 periods are expected to take 14 actions."""
+    played = play(Runner(Scripted(), HZ, RealTime(), Safety(stop_after=None), warm_up=1), 120, [30])
+    assert played.loop.delay == 14
+
+
+def test_every_plan_has_an_observation_of_its_own_be_it_thrown_away_or_not():
+    """One comes every fifth beat; plans take one, and the first two are for warming up."""
+    policy = Scripted()
+    play(
+        Runner(policy, HZ, warm_up=2),
+        12,
+        [1],
+        observe=lambda beat, now, loop: None if beat % 5 else np.array([beat, 0.0]),
+    )
+    assert [float(one.history[0, -1, 0]) for one in policy.asked] == [0, 5, 10]
+
+
+def test_several_observations_at_once_end_the_run_in_one_sentence():
+    """A stack of the last two frames would otherwise have been planned from by its older one."""
+    played = play(Runner(Scripted(), HZ, warm_up=0), 20, [0], observe=lambda beat, now, loop: np.zeros((2, 2)))
+    assert played.loop.ending and "it has 2 rows; give the newest alone" in played.report.reason

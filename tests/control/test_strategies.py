@@ -14,9 +14,9 @@ from diffpolicy.control.strategies import Bidirectional, Chunk, Ensemble, RealTi
 from diffpolicy.data.episodes import Episode, from_list
 from diffpolicy.data.normalizer import Normalizer
 from diffpolicy.data.spec import Spec
-from diffpolicy.diffusion.guidance import Pinned, RealTimeChunk, blended
+from diffpolicy.diffusion.guidance import Clipped, Pinned, RealTimeChunk, blended
 from diffpolicy.diffusion.prefix import Prefix, hard, prefix_weights
-from diffpolicy.parts import PREDICTIONS, DenoiserConfig, SamplerConfig, make_denoiser, make_encoder
+from diffpolicy.parts import PREDICTIONS, DenoiserConfig, SamplerConfig, make_denoiser, make_encoder, make_planner
 from diffpolicy.policy import Policy
 
 SPEC = Spec({"obs": (3,)}, action_dim=2, horizon=8, n_obs_steps=2, n_action_steps=3)
@@ -258,3 +258,59 @@ def test_joined_chunks_step_less_at_their_borders_than_chunks_taken_as_they_come
 def test_strategies_are_values():
     assert RealTime() == RealTime() and RealTime(decay=hard) != RealTime()
     assert len({Synchronous(), Synchronous(), Ensemble()}) == 2
+
+
+def test_a_prefix_is_imposed_on_the_clipped_denoiser_and_the_result_is_clipped_again():
+    policy = make_policy("epsilon")
+    history, noise = arguments(policy)
+    former, weights, noise = former_chunk(policy), (torch.arange(8) < 4).float(), 3 * noise
+    found = policy.plan(history, noise, Prefix(former, weights))
+    known, cond = policy.normalizer["action"].encode(former), policy.encoder(policy.normalizer.encode_obs(history))
+    by_hand = make_planner(RealTimeChunk(Clipped(policy.denoiser), known, weights), 1.0, policy.sampler_config)
+    with torch.inference_mode():
+        torch.testing.assert_close(found, policy.normalizer.decode_action(by_hand(cond, noise)), rtol=0, atol=1e-4)
+
+
+def test_the_forward_half_compares_what_will_be_executed_alone():
+    """Index 1 is done meanwhile (To = 2, d = 1): from 2 on the samples are 0, 1, 3 and 6 and the weak ones 100. Nearest
+    others less the weak ones: 2 - 100, 1.5 - 99, 2.5 - 97, 4 - 94."""
+    chunks = np.repeat(np.array([0.0, 1, 3, 6])[:, None, None], 6, 1)
+    weak, former = np.full((4, 6, 1), 100.0), Chunk(np.zeros((6, 1)), 0, 1, 0.0)
+    chunks[0, 1] = weak[:, 1] = 1000.0
+    assert (
+        Bidirectional(4, modes=1).choose(chunks, former, 10, 1, weak) == 0
+    )  # of action 10 the former chunk knows nothing
+
+
+def ask(seed, former=None, origin=0, delay=0):
+    history = np.random.default_rng(seed).normal(size=(2, 3)).astype(np.float32)
+    return Ask({"obs": history}, np.random.default_rng(seed), former, origin, delay)
+
+
+def test_plans_made_together_are_those_made_alone_where_each_has_several_samples():
+    former = Chunk(np.zeros((8, 2)), 0, 1, 0.0)
+    together = plan_chunks(make_policy(), Bidirectional(3), [ask(i, former, 3, 1) for i in range(3)])
+    for i, chunk in enumerate(together):
+        (alone,) = plan_chunks(make_policy(), Bidirectional(3), [ask(i, former, 3, 1)])
+        np.testing.assert_allclose(chunk, alone, rtol=0, atol=1e-4)
+
+
+def test_rows_of_prefixes_of_other_delays_keep_their_own_weights():
+    former, policy = Chunk(np.ones((8, 2)), 0, 1, 0.0), make_policy()
+    strategy = RealTime(Pinned, lambda c: torch.zeros_like(c))
+    together = plan_chunks(policy, strategy, [ask(0, former, 2, 0), ask(1, former, 2, 3)])
+    for chunk, known in zip(together, (1, 4), strict=True):
+        assert (np.abs(chunk - 1).max(1) < 1e-4).tolist() == [True] * known + [False] * (8 - known)
+
+
+def test_a_choice_is_told_the_former_chunk_the_origin_and_the_delay():
+    told = []
+
+    class Choosing(Bidirectional):
+        def choose(self, chunks, former, origin, delay, weak=None):
+            told.append((len(chunks), former, origin, delay))
+            return 1
+
+    former = Chunk(np.zeros((8, 2)), 0, 1, 0.0)
+    plan_chunks(make_policy(), Choosing(3), [ask(0, former, 5, 2)])
+    assert told == [(3, former, 5, 2)]

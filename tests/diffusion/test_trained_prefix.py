@@ -129,3 +129,11 @@ def test_a_delay_that_leaves_nothing_to_plan_and_a_network_without_prefixes_are_
     guided = Trained(plain, torch.zeros(1, 8, 2), torch.ones(8))
     with pytest.raises(SpecError, match="not trained to continue a chunk"):
         sample(guided, Ddim(), torch.zeros(1, 1, 8, 2), torch.zeros(1, 4), 2)
+
+
+def test_weights_below_1_count_as_0_for_a_trained_network():
+    denoiser, generator = denoiser_of("mlp"), torch.Generator().manual_seed(0)
+    x, cond, known = torch.randn(2, 8, 2, generator=generator), torch.zeros(2, 4), torch.full((2, 8, 2), 0.5)
+    soft, whole = (torch.tensor([1, 1, w, w / 2] + [0] * 4, dtype=torch.float32) for w in (0.9, 0.0))
+    found, wanted = (Trained(denoiser, known, weights)(x, 0.5, cond) for weights in (soft, whole))
+    assert torch.equal(found, wanted)
