@@ -277,9 +277,8 @@ def test_the_forward_half_compares_what_will_be_executed_alone():
     chunks = np.repeat(np.array([0.0, 1, 3, 6])[:, None, None], 6, 1)
     weak, former = np.full((4, 6, 1), 100.0), Chunk(np.zeros((6, 1)), 0, 1, 0.0)
     chunks[0, 1] = weak[:, 1] = 1000.0
-    assert (
-        Bidirectional(4, modes=1).choose(chunks, former, 10, 1, weak) == 0
-    )  # of action 10 the former chunk knows nothing
+    origin = 10  # of which the former chunk knows nothing
+    assert Bidirectional(4, modes=1).choose(chunks, former, origin, 1, weak) == 0
 
 
 def ask(seed, former=None, origin=0, delay=0):
