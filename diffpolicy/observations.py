@@ -38,8 +38,8 @@ def name_observations(spec: Spec, obs: Obs) -> tuple[dict[str, np.ndarray], bool
         arrays[name] = array if batched else array[None]
         rows[name] = len(array) if batched else None
     if len(set(rows.values())) > 1:
-        told = ", ".join(f"{name!r} of {'one' if n is None else f'a batch of {n}'}" for name, n in rows.items())
-        raise PolicyError(f"the observation has {told}; give every part of the same environments")
+        told = ", ".join(f"{name!r} has {'no batch axis' if n is None else f'{n} rows'}" for name, n in rows.items())
+        raise PolicyError(f"of the observation {told}; give every part for the same environments")
     return arrays, None not in rows.values()
 
 

@@ -206,7 +206,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Comparison]:
     for key in ("env_id", "env_kwargs", "seeds"):
         if a[key] != b[key]:
             raise DatasetError(f"the reports differ in {key}: {a[key]} and {b[key]}; evaluate both on the same seeds")
-    for (name, one), other in zip(_meanings(a).items(), _meanings(b).values(), strict=True):
+    for (name, one), other in zip(meanings(a).items(), meanings(b).values(), strict=True):
         if one and other and one != other:
             raise DatasetError(f"the reports differ in what {name} is: {one} and {other}; evaluate both as one task")
     pairs = {
@@ -222,6 +222,6 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Comparison]:
     ]
 
 
-def _meanings(report: Mapping[str, Any]) -> dict[str, str | None]:
+def meanings(report: Mapping[str, Any]) -> dict[str, str | None]:
     """Return what success and the score of a `report.json` are; None where it has none."""
     return {"success": report.get("success_rule"), "the score": (report.get("score") or {}).get("kind")}

@@ -83,11 +83,17 @@ def test_each_is_told_beside_waiting_for_the_same_plans_episode_by_episode():
 
     def cell(strategy: str, delay: int, success: list[float]) -> dict:
         report = {"env_id": "E", "env_kwargs": {}, "seeds": [0, 5], "by_episode": {"success": success}}
-        return {"strategy": strategy, "delay": delay, "report": report}
+        own = {"delay": delay, "real_time": False, "episodes": 6, "weights": "a"}
+        return {"strategy": strategy, **own, "report": report}
 
     waiting, other = cell("synchronous", 4, [1, 0, 0, 0, 0, 1]), cell("switch", 4, [1, 1, 1, 0, 0, 1])
     cells = [cell("synchronous", 2, [1] * 6), waiting, other]
     assert late._against_waiting(other, cells) == "   minus waiting: success +0.333 [+0.000, +0.667]"
+    told = late._against_waiting({**other, "weights": "b"}, cells)
+    assert told == "   minus waiting (another policy's): success +0.333 [+0.000, +0.667]"
+    scored = {**other, "report": {**other["report"], "score": {"kind": "d4rl"}}}
+    for unlike in (scored, {**other, "real_time": True}, {**other, "episodes": 5}):
+        assert late._against_waiting(unlike, cells) == ""
     assert late._against_waiting(waiting, cells) == late._against_waiting(cell("switch", 7, [1] * 6), cells) == ""
 
 

@@ -444,5 +444,5 @@ def test_a_policy_trained_without_clipping_is_not_clipped():
 
 @pytest.mark.parametrize(("pose", "goal"), [((4, 3), (2, 2)), ((3,), (1, 2))])
 def test_parts_of_an_observation_that_differ_in_their_number_of_rows_are_refused(pose, goal):
-    with pytest.raises(PolicyError, match=r"'pose' of .*, 'goal' of .*; give every part of the same environments"):
+    with pytest.raises(PolicyError, match=r"'pose' has .*, 'goal' has . rows; give every part for the same"):
         make_policy().predict({"pose": np.zeros(pose), "goal": np.zeros(goal)}, None)

@@ -19,10 +19,12 @@ from diffpolicy.data.files import write_atomically
 from diffpolicy.errors import SpecError
 from diffpolicy.policy import Policy
 from diffpolicy.provenance import versions
-from diffpolicy.report import Estimate, Report, compare
+from diffpolicy.report import FEWEST, Estimate, Report, compare, meanings
 from diffpolicy.rollout import make_env
 from diffpolicy.tables import get_strategy
 from diffpolicy.train import resolve_device
+
+WAITING = "synchronous"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _sweep(policy: Policy, trials: list[Trial], world: World, out: Path, resume:
     path, sampler = out / "delays.json", f"{policy.sampler_config.sampler} {policy.sampler_config.steps}"
     former: list[dict[str, Any]] = json.loads(path.read_text())["cells"] if resume and path.exists() else []
     cells = []
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: trial.name != WAITING):  # which others are compared with
         weights = delays.fingerprint(policy, trial)
         found = [cell for cell in former if delays.is_of(cell, trial, world, sampler)]
         there = next((cell for cell in found if cell["weights"] == weights), None)
@@ -130,11 +132,18 @@ def _line(cell: dict[str, Any]) -> str:
 
 
 def _against_waiting(cell: dict[str, Any], cells: list[dict[str, Any]]) -> str:
-    """Return the paired difference to an arm that waits for the same plans, where one has been played."""
-    of_delay = (other for other in cells if other["delay"] == cell["delay"] and other is not cell)
-    waiting = next((other for other in of_delay if other["strategy"] == "synchronous"), None)
-    if waiting is None:
+    """Return the paired difference to an arm that waits as long, of this policy or another, where one was played."""
+    alike = (other for other in cells if other is not cell and _is_alike(other, cell))
+    waiting = next((other for other in alike if other["strategy"] == WAITING), None)
+    if waiting is None or cell["episodes"] < FEWEST:
         return ""
     found = {each.name: each for each in compare(waiting["report"], cell["report"])}
     told = (f"{name} {found[name].difference:+.3f}" for name in ("success", "score") if name in found)
-    return f"   minus waiting: {', '.join(told)}"
+    whose = "" if waiting["weights"] == cell["weights"] else " (another policy's)"
+    return f"   minus waiting{whose}: {', '.join(told)}"
+
+
+def _is_alike(cell: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both were as late, and success and score mean the same."""
+    late = all(cell[key] == other[key] for key in ("delay", "real_time"))
+    return late and meanings(cell["report"]) == meanings(other["report"])

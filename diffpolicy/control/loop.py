@@ -160,9 +160,8 @@ class Loop:
             if stamped is None or not self._is_new(stamped):
                 return self._append({name: rows[-1] for name, rows in self._history.items()})
             named, _ = name_observations(self.spec, stamped.obs)
-            if any(len(array) != 1 for array in named.values()):
-                many = max(map(len, named.values()))
-                raise PolicyError(f"it has {many} rows; give the newest alone, the history is kept here")
+            if (many := len(next(iter(named.values())))) != 1:
+                raise PolicyError(f"it has {many} rows; give the newest alone, the loop keeps the history")
         except Exception as error:
             return self.fail("the observation is not the policy's", error)
         rows = {name: array[0] for name, array in named.items()}

@@ -7,7 +7,7 @@ A side environment, because d3rlpy 2.8.1 wants gymnasium 1.0, and nothing of dif
 those of d3rlpy's own reproductions of the papers (IQL: rewards scaled by the range of returns, expectile 0.7, weight
 temperature 3, the actor's rate along half a cosine; TD3+BC: standardised observations, alpha 2.5), which are made for
 500,000 steps of batches of 256; here they have as many as ours, 20,000, and with `+longer` after their name three times
-as many, which takes about as long as ours. All steps are drawn alike. A finished run is not run again; a stopped one
+as many. All steps are drawn alike. A finished run is not run again; a stopped one
 starts over.
 """
 

@@ -44,7 +44,7 @@ observations for IQL), made for 500,000 steps, and draw all steps alike; those o
 played here, and on locomotion all but `bc`, `bc+narrow` and `edp-preference` draw good episodes more often.
 """
 ABOUT_LONGER = """\
-`+longer` ones have three times the steps of the others, and take about as long as ours.
+`+longer` ones have three times the steps of the others.
 """
 
 
