@@ -53,6 +53,7 @@ AGENTS = {
         ),
     ),
 }
+WITH_CRITICS = ["idql", "dql", "edp", "qc", "fql", "cfgrl"]
 OFFLINE_RL = [name for name in AGENTS if name != "bc"]
 
 

@@ -79,6 +79,13 @@ def row(obs: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
     return {name: array[i] for name, array in obs.items()}
 
 
+def arguments(policy: Policy, n: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Histories and noise of n plans."""
+    generator = torch.Generator().manual_seed(0)
+    history = {name: torch.randn(n, 2, size, generator=generator) for name, size in (("pose", 3), ("goal", 2))}
+    return history, policy.draw(n, generator)
+
+
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in MOST_STEPS])
 def test_plan_is_a_function_of_its_arguments_under_every_sampler(device, sampler):
     policy = make_policy(device, sampler)
@@ -187,9 +194,8 @@ def test_a_saved_policy_acts_the_same(tmp_path, device):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_temperature_of_one_half_plans_from_half_the_noise(sampler):
-    policy, generator = make_policy(sampler=sampler), torch.Generator().manual_seed(0)
-    history = {name: torch.randn(5, 2, size, generator=generator) for name, size in (("pose", 3), ("goal", 2))}
-    noise = torch.randn(policy.planner.draws, 5, 8, 2, generator=generator)
+    policy = make_policy(sampler=sampler)
+    history, noise = arguments(policy, 5)
     cold = policy.with_sampler(temperature=0.5).plan(history, noise)
     assert torch.equal(cold, policy.plan(history, 0.5 * noise)) and not torch.equal(cold, policy.plan(history, noise))
 
@@ -372,12 +378,6 @@ def test_a_policy_is_sampled_only_as_it_was_trained_and_never_in_one_step_of_a_n
         Policy.load(tmp_path)
 
 
-def arguments(policy, n, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    history = {k: torch.randn(n, 2, d, generator=g) for k, d in (("pose", 3), ("goal", 2))}
-    return history, policy.draw(n, g)
-
-
 def test_the_noise_of_a_plan_is_that_of_seed_episode_and_plan_with_episodes_numbered_over_all_environments():
     """Environment 1 of 3 begins its second episode: the fourth after 0 to 3 is number 4."""
     policy, rng, state = make_policy(seed=3), np.random.default_rng(0), None
@@ -435,10 +435,8 @@ def test_a_policy_trained_without_clipping_is_not_clipped():
     config = replace(made.denoiser_config, clip=None)
     free = Policy(made.spec, made.normalizer, made.encoder, made.denoiser, config, made.sampler_config)
     history, noise = arguments(made, 5)
-    (low, high), chunk = (
-        (getattr(made.normalizer["action"], n) for n in ("minimum", "maximum")),
-        free.plan(history, 9 * noise),
-    )
+    low, high = made.normalizer["action"].minimum, made.normalizer["action"].maximum
+    chunk = free.plan(history, 9 * noise)
     assert bool(((chunk < low - 0.1) | (chunk > high + 0.1)).any())
 
 

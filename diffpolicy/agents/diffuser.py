@@ -95,12 +95,8 @@ class Diffuser(Imitation[DiffuserConfig]):
         self, episodes: Episodes, device: str | torch.device = "cpu", only: np.ndarray | None = None
     ) -> Windows:
         """Return windows whose reward is G, standardised over all episodes, those not chosen included."""
-        return self.judged_windows(episodes, self._standard(episodes, episodes), device, only)
-
-    def _standard(self, episodes: Episodes, data: Episodes) -> np.ndarray:
-        """G of every step of episodes in standard deviations of the data's, `(N,)`."""
-        followed, known = (rewards.returns_to_go(each, self.config.gamma) for each in (episodes, data))
-        return (followed - known.mean()) / max(float(known.std()), 1e-8)
+        returns = rewards.returns_to_go(episodes, self.config.gamma)
+        return self.judged_windows(episodes, _standardised(returns, returns), device, only)
 
     def loss(self, model: Imitator, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """L + L_J: no weight is in both."""
@@ -142,7 +138,8 @@ class Diffuser(Imitation[DiffuserConfig]):
         index = spread_out((step % every == 0).nonzero().squeeze(-1))
         batch = self.normalizer.encode(windows.gather(index).to(self.device))
         value = averaged.value.value(averaged.encoder(batch.obs), batch.action).double().cpu().numpy()
-        followed = self._standard(played, data)[windows.rows[index]]
+        found, known = (rewards.returns_to_go(each, self.config.gamma) for each in (played, data))
+        followed = _standardised(found[windows.rows[index]], known)
         return {"overestimation": float((value - followed).mean()), "monte_carlo": float(followed.mean())}
 
     def policy(self) -> Policy:
@@ -151,6 +148,11 @@ class Diffuser(Imitation[DiffuserConfig]):
         assert isinstance(averaged, ValuedImitator)
         parts = (self.spec, self.normalizer, averaged.encoder, averaged.denoiser, config.denoiser, config.sampler)
         return Policy(*parts, self.seed, Selection(averaged.value, config.value, config.selection), config.guidance)
+
+
+def _standardised(returns: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """Returns in standard deviations of the data's, from their mean."""
+    return (returns - data.mean()) / max(float(data.std()), 1e-8)
 
 
 # Differences from the original (jannerm/diffuser):

@@ -7,8 +7,7 @@ A side environment, because d3rlpy 2.8.1 wants gymnasium 1.0, and nothing of dif
 those of d3rlpy's own reproductions of the papers (IQL: rewards scaled by the range of returns, expectile 0.7, weight
 temperature 3, the actor's rate along half a cosine; TD3+BC: standardised observations, alpha 2.5), which are made for
 500,000 steps of batches of 256; here they have as many as ours, 20,000, and with `+longer` after their name three times
-as many. All steps are drawn alike. A finished run is not run again; a stopped one
-starts over.
+as many. All steps are drawn alike. A finished run is not run again; a stopped one starts over.
 """
 
 # pyright: reportMissingImports=false
@@ -33,6 +32,8 @@ from d3rlpy.preprocessing import ReturnBasedRewardScaler, StandardObservationSca
 REFERENCES = Path(__file__).parents[2] / "diffpolicy" / "data" / "ref_scores.json"
 EVALUATION_SEED, SEEDS_APART = 100_000, 1000  # as in offline_rl/results.py
 ROBOTS = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
+AGENTS = ("d3rlpy-iql", "d3rlpy-td3+bc")
+LONGER, TIMES = "+longer", 3
 DATASETS = tuple(f"{robot}-{quality}" for quality in ("mixed", "expert", "medium") for robot in ROBOTS)
 
 
@@ -43,10 +44,6 @@ def agent(name: str, steps: int) -> Any:
         scaler = ReturnBasedRewardScaler(multiplier=1000.0)
         return IQLConfig(actor_optim_factory=cosine, reward_scaler=scaler).create(device="cpu:0")
     return TD3PlusBCConfig(observation_scaler=StandardObservationScaler()).create(device="cpu:0")
-
-
-LONGER, TIMES = "+longer", 3
-AGENTS = ("d3rlpy-iql", "d3rlpy-td3+bc")
 
 
 def steps_of(name: str, steps: int) -> int:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from agent_cases import AGENTS, GAMMA, everything, make, say
+from agent_cases import AGENTS, GAMMA, WITH_CRITICS, everything, make, say
 from worlds import bandit, two_episodes
 
 from diffpolicy.data.windows import Batch
@@ -16,8 +16,6 @@ from diffpolicy.learning.critics import TdConfig
 from diffpolicy.learning.imitator import stratified_times
 from diffpolicy.nets.encoder import TOLD
 from diffpolicy.parts import CriticConfig, RewardConfig
-
-WITH_CRITICS = ["idql", "dql", "edp", "qc", "fql", "cfgrl"]
 
 
 def without_critics(agent: ActorCritic) -> None:

@@ -6,7 +6,7 @@ from functools import cache, partialmethod
 import numpy as np
 import pytest
 import torch
-from agent_cases import AGENTS, FLOW, GAMMA, MLP, OFFLINE_RL, UNET, everything, learn, make, shake
+from agent_cases import AGENTS, FLOW, GAMMA, MLP, OFFLINE_RL, UNET, WITH_CRITICS, everything, learn, make, shake
 from torch._dynamo.utils import counters
 from worlds import bandit, chain
 
@@ -231,7 +231,7 @@ def test_dqls_actor_takes_the_same_step_when_every_value_is_10_times_larger():
 
 
 @pytest.mark.skipif(why_no_compiler() != "", reason=why_no_compiler())
-@pytest.mark.parametrize("name", ["idql", "dql", "edp", "qc", "fql", "cfgrl"])
+@pytest.mark.parametrize("name", WITH_CRITICS)
 def test_compiled_updates_end_where_the_others_do(name, monkeypatch):
     """Both ways are traced, as for every compiler; the code that one of them makes is PyTorch's to test."""
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
